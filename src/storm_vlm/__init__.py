@@ -1,0 +1,1 @@
+"""STORM: a Mamba temporal projector between a vision encoder and an LLM, for token-efficient video understanding."""
