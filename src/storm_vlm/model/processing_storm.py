@@ -1,0 +1,180 @@
+"""Processor: text, images and videos to the inputs of a STORM model."""
+
+import logging
+import math
+import os
+from typing import Any, Literal
+
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
+
+from storm_vlm.model.image_processing_storm import StormImageProcessor, StormImagesKwargs, check_size
+from storm_vlm.model.token_compression import TokenCompression, visual_grid
+from storm_vlm.model.video_processing_storm import StormVideoProcessor, StormVideosKwargs
+
+logger = logging.getLogger(__name__)
+
+FrameSeparator = Literal["none", "newline", "timestamp"]
+
+
+_PART_CLASSES = {
+    "image_processor": StormImageProcessor,
+    "tokenizer": PreTrainedTokenizerBase,
+    "video_processor": StormVideoProcessor,
+}
+
+
+class StormProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call, sorted by the part that they go to."""
+
+    images_kwargs: StormImagesKwargs
+    videos_kwargs: StormVideosKwargs
+    _defaults = {"text_kwargs": {"padding": False}}
+
+
+class StormProcessor(ProcessorMixin):
+    """Joins the tokenizer, the image processor and the video processor of a STORM model.
+
+    Each ``<image>`` and ``<video>`` in a text becomes as many placeholders as the model makes visual tokens; the frame
+    groups of a video are told apart by a separator.
+
+    Args:
+        image_processor: A `StormImageProcessor`.
+        tokenizer: The language model's tokenizer, with both placeholders as special tokens.
+        video_processor: A `StormVideoProcessor`.
+        chat_template: Jinja template for messages with items of type text, image and video.
+        image_token: Placeholder of images.
+        video_token: Placeholder of videos.
+        frame_separator: Nothing, a newline after each frame group, or its time in front of it, ``[12.5s]``.
+
+    Raises:
+        ValueError: ``frame_separator`` is unknown or a placeholder is not one token of the tokenizer.
+    """
+
+    valid_processor_kwargs = StormProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        video_processor: Any = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        frame_separator: FrameSeparator = "timestamp",
+    ) -> None:
+        if frame_separator not in ("none", "newline", "timestamp"):
+            raise ValueError(f"frame_separator must be none, newline or timestamp, got {frame_separator!r}")
+        self.image_token = image_token
+        self.video_token = video_token
+        self.frame_separator = frame_separator
+        self.image_token_id = _placeholder_id(tokenizer, image_token)
+        self.video_token_id = _placeholder_id(tokenizer, video_token)
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Names that the video processor returns for the placeholders and that the model does not take."""
+        return ["video_timestamps"]
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
+        """Returns the class that a part must have; transformers' own check needs torchvision.
+
+        Raises:
+            TypeError: The part is of another class.
+        """
+        expected = _PART_CLASSES[argument_name]
+        if not isinstance(argument, expected):
+            raise TypeError(f"{argument_name} must be a {expected.__name__}, got {type(argument).__name__}")
+        return expected
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+        """Returns the inputs in the form that transformers expects; a `pathlib.Path` becomes a string."""
+        return super().prepare_inputs_layout(images=images, text=text, videos=_paths_to_strings(videos), **kwargs)
+
+    def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:  # noqa: ARG002
+        """Returns the placeholders of one image."""
+        compression = TokenCompression(*map(int, image_inputs["image_compression"][image_idx]))
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        patch_size = self.image_processor.patch_size
+        grid = visual_grid((1, height // patch_size, width // patch_size), self.image_processor.downsample, compression)
+        return self.image_token * math.prod(grid)
+
+    def replace_video_token(self, video_inputs: BatchFeature, video_idx: int, **kwargs: Any) -> str:  # noqa: ARG002
+        """Returns the placeholders of one video, with the separators between its frame groups."""
+        t, h, w = map(int, video_inputs["video_grid_thw"][video_idx])
+        compression = TokenCompression(*map(int, video_inputs["video_compression"][video_idx]))
+        timestamps = video_inputs["video_timestamps"][video_idx]
+        return self.video_text((t, h, w), compression, timestamps)
+
+    def video_text(
+        self,
+        patch_grid: tuple[int, int, int],
+        compression: TokenCompression,
+        timestamps_seconds: tuple[float, ...] | None,
+    ) -> str:
+        """Writes a video as text: the placeholders of each frame group and the separators.
+
+        Args:
+            patch_grid: Frames, rows and columns of patches.
+            compression: Token compression of this video.
+            timestamps_seconds: Time of each frame; None if unknown, which turns timestamps into newlines.
+
+        Returns:
+            Text with one placeholder for each visual token.
+        """
+        num_groups, rows, columns = visual_grid(patch_grid, self.video_processor.downsample, compression)
+        group = self.video_token * (rows * columns)
+        separator = self.frame_separator
+        if separator == "timestamp" and timestamps_seconds is None:
+            logger.warning("a video without a known frame rate: its frame groups are separated by newlines")
+            separator = "newline"
+        if separator == "timestamp" and timestamps_seconds is not None:
+            # A group bears the time of its first frame.
+            starts = timestamps_seconds[:: compression.frames_per_group]
+            return "".join(f"[{start:.1f}s]{group}" for start in starts)
+        return (group + "\n") * num_groups if separator == "newline" else group * num_groups
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        **kwargs: Any,
+    ) -> MultiModalData:
+        """Returns the number of placeholders for pictures (height, width) and videos (frames, height, width).
+
+        Serving engines ask this before they have the pixels; every picture is resized to the processor's size.
+        """
+        merged = self._merge_kwargs(StormProcessorKwargs, **kwargs) if kwargs else {}
+        data: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            tokens = math.prod(self._grid(self.image_processor, 1, merged.get("images_kwargs", {})))
+            data["num_image_tokens"] = [tokens] * len(image_sizes)
+            data["num_image_patches"] = [1] * len(image_sizes)
+        if video_sizes is not None:
+            options = merged.get("videos_kwargs", {})
+            data["num_video_tokens"] = [
+                math.prod(self._grid(self.video_processor, num_frames, options)) for num_frames, _, _ in video_sizes
+            ]
+        return MultiModalData(**data)
+
+    def _grid(self, part: Any, num_frames: int, options: dict[str, Any]) -> tuple[int, int, int]:
+        names = ("temporal_pool", "spatial_pool", "temporal_sample")
+        compression = TokenCompression(**{name: options.get(name) or getattr(part, name, 1) for name in names})
+        rows, columns = check_size(options.get("size") or part.size, part.patch_size)
+        return visual_grid((num_frames, rows, columns), part.downsample, compression)
+
+
+def _placeholder_id(tokenizer: Any, token: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(f"the tokenizer has no token {token!r}: add it as a special token")
+    return token_id
+
+
+def _paths_to_strings(videos: Any) -> Any:
+    if isinstance(videos, os.PathLike):
+        return os.fspath(videos)
+    if isinstance(videos, list | tuple):
+        return [_paths_to_strings(video) for video in videos]
+    return videos
