@@ -10,4 +10,4 @@ __version__ = version("storm-vlm")
 
 # The `storm` command imports what a subcommand needs when it runs, so that `storm --help` stays instant.
 if "storm_vlm_console" not in sys.modules:
-    from storm_vlm import model
+    from storm_vlm import model as model

@@ -33,6 +33,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
     Raises:
         StormError: ``target`` exists and ``overwrite`` is False.
+        OSError: The folder cannot be put in its place.
     """
     if target.exists() and not overwrite:
         raise StormError(f"{target} already exists: choose another output folder or allow overwriting")

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+
 # The name that transformers exports is a stand-in without torchvision; the class itself needs none.
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 

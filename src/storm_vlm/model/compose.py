@@ -103,7 +103,7 @@ def compose(
         The folder, which `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` load.
 
     Raises:
-        StormError: A part cannot be loaded or does not fit, or ``out`` exists.
+        ModelError: A part cannot be loaded or does not fit, or ``out`` exists.
     """
     out = Path(out)
     if out.exists() and not overwrite:
@@ -184,7 +184,9 @@ def load_vision_tower(source: str | Path, *, image_size: tuple[int, int] | None 
     size = image_size or _native_size(vision_config, preprocessing)
     if size is None:
         raise ModelError(f"vision encoder {source}: its frame size is not known; give image_size")
-    return VisionTower(model.eval(), size, tuple(preprocessing["image_mean"]), tuple(preprocessing["image_std"]))
+    return VisionTower(
+        model.eval(), size, tuple(preprocessing["image_mean"]), tuple(preprocessing["image_std"])
+    )
 
 
 def load_language_model(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

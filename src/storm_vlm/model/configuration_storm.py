@@ -71,11 +71,7 @@ class TemporalProjectorConfig(PreTrainedConfig):
     is_trained: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fills in what follows from other fields and checks the ranges.
-
-        Raises:
-            ValueError: A field is out of its range; the message names it.
-        """
+        """Fills in what follows from other fields and checks the ranges."""
         if self.hidden_size is None:
             self.hidden_size = self.output_size
         for name, lowest in (
@@ -86,12 +82,26 @@ class TemporalProjectorConfig(PreTrainedConfig):
             ("expand", 1),
         ):
             if getattr(self, name) < lowest:
-                raise ValueError(f"projector_config.{name} must be at least {lowest}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"projector_config.{name} must be at least {lowest}, got {getattr(self, name)}"
+                )
         if math.isqrt(self.downsample) ** 2 != self.downsample:
             raise ValueError(
                 f"projector_config.downsample must be a perfect square (1, 4, 9, ...), got {self.downsample}"
             )
         super().__post_init__(**kwargs)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Returns input, hidden and output size.
+
+        Raises:
+            ValueError: One of them is not set.
+        """
+        if self.input_size is None or self.hidden_size is None or self.output_size is None:
+            raise ValueError(
+                "projector_config: input_size and output_size must be set to build the projector"
+            )
+        return self.input_size, self.hidden_size, self.output_size
 
 
 @strict
@@ -121,9 +131,10 @@ class StormConfig(PreTrainedConfig):
         "projector_config": TemporalProjectorConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    projector_config: dict | PreTrainedConfig | None = None
+    # A dict, a config object or None; config objects after initialisation.
+    vision_config: Any = None
+    text_config: Any = None
+    projector_config: Any = None
     vision_feature_layer: int | None = None
     vision_hidden_size: int | None = None
     vision_patch_size: int | None = None
@@ -165,7 +176,9 @@ class StormConfig(PreTrainedConfig):
         return TemporalProjectorConfig(**values)
 
 
-def _nested_config(given: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]) -> PreTrainedConfig:
+def _nested_config(
+    given: dict[str, Any] | PreTrainedConfig | None, default: dict[str, Any]
+) -> PreTrainedConfig:
     """Returns ``given`` as a config object; a dict names its class with ``model_type``."""
     if isinstance(given, PreTrainedConfig):
         return given

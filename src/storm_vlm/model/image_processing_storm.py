@@ -6,13 +6,18 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from storm_vlm.model.token_compression import Grid, TokenCompression
 
 
-class StormImagesKwargs(ImagesKwargs, total=False):
+class StormImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """Options of `StormImageProcessor` beside those of every image processor.
 
     Attributes:
@@ -79,5 +84,7 @@ def check_size(size: SizeDict | dict[str, int], patch_size: int) -> tuple[int, i
     if not height or not width:
         raise ValueError(f"size must give height and width, got {dict(size)}")
     if height % patch_size or width % patch_size:
-        raise ValueError(f"size {height}x{width} is not a multiple of the vision encoder's patch size {patch_size}")
+        raise ValueError(
+            f"size {height}x{width} is not a multiple of the vision encoder's patch size {patch_size}"
+        )
     return height // patch_size, width // patch_size

@@ -83,7 +83,9 @@ class MambaMixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D = self._direction_parameters()
         if bidirectional:
-            self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = self._direction_parameters()
+            self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b = (
+                self._direction_parameters()
+            )
         self.reset_parameters()
 
     def forward(self, hidden_states: torch.Tensor, *, chunk_size: int | None = None) -> torch.Tensor:
@@ -122,7 +124,9 @@ class MambaMixer(nn.Module):
             ValueError: The mixer is bidirectional, so that tokens yet to come would matter.
         """
         if self.bidirectional:
-            raise ValueError("a bidirectional MambaMixer has no streaming state: build it with bidirectional=False")
+            raise ValueError(
+                "a bidirectional MambaMixer has no streaming state: build it with bidirectional=False"
+            )
         x, z = self._project_in(hidden_states)
         y, state = self._run(self._directions[0], x, z, state)
         return self.out_proj(y.transpose(1, 2)), state  # (b, d, l) -> (b, l, d)

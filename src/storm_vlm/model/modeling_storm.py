@@ -43,8 +43,8 @@ class StormModelOutputWithPast(BaseModelOutputWithPast):
         video_hidden_states: Compressed tokens of all videos, ``(num_tokens, d)``; None without videos.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
-    video_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -61,13 +61,13 @@ class StormCausalLMOutputWithPast(ModelOutput):
         video_hidden_states: Compressed tokens of all videos, ``(num_tokens, d)``.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    video_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
 
 
 class StormPreTrainedModel(PreTrainedModel):
@@ -126,7 +126,7 @@ class StormModel(StormPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         image_compression: torch.Tensor | None = None,
-        **kwargs: Any,  # noqa: ARG002 (other models' arguments, as transformers' callers pass them)
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes images: each is a video of one frame.
 
@@ -146,7 +146,7 @@ class StormModel(StormPreTrainedModel):
         pixel_values_videos: torch.Tensor,
         video_grid_thw: torch.Tensor,
         video_compression: torch.Tensor | None = None,
-        **kwargs: Any,  # noqa: ARG002 (other models' arguments, as transformers' callers pass them)
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes videos and compresses their tokens.
 
@@ -273,7 +273,9 @@ class StormModel(StormPreTrainedModel):
             if video_features is not None:
                 raise ValueError("pixel_values_videos and video_features must not both be given")
             if video_grid_thw is None:
-                raise ValueError("pixel_values_videos needs video_grid_thw, the frames and patches of each video")
+                raise ValueError(
+                    "pixel_values_videos needs video_grid_thw, the frames and patches of each video"
+                )
             output = self.get_video_features(pixel_values_videos, video_grid_thw, video_compression)
             video_features = torch.cat(output.pooler_output)
         return image_features, video_features
@@ -294,7 +296,9 @@ class StormModel(StormPreTrainedModel):
             last_hidden_state=features,
             pooler_output=tuple(
                 self.compress(video, compression).flatten(0, 2)
-                for video, compression in zip(tokens, self._compressions(compressions, len(videos)), strict=True)
+                for video, compression in zip(
+                    tokens, self._compressions(compressions, len(videos)), strict=True
+                )
             ),
         )
 
@@ -311,7 +315,11 @@ class StormModel(StormPreTrainedModel):
         return [TokenCompression(*row) for row in given.tolist()]
 
     def _fill_placeholders(
-        self, modality: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, features: torch.Tensor
+        self,
+        modality: str,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        features: torch.Tensor,
     ) -> torch.Tensor:
         """Replaces the embeddings of the placeholders of ``modality`` by visual tokens."""
         mask = self._placeholder_mask(modality, input_ids, inputs_embeds)
@@ -381,7 +389,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replaces the language model's head."""
-        self.lm_head = new_embeddings
+        self.lm_head = new_embeddings  # type: ignore[assignment]  # whatever the language model uses
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `StormModel.get_image_features`."""
@@ -476,7 +484,9 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in _VISUAL_INPUTS:
                 kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
 
     def _expand_inputs_for_generation(
         self,
@@ -488,9 +498,14 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         """Repeats each sample for beams or several answers; its videos are encoded once and then repeated."""
         visual = {name: model_kwargs.pop(name) for name in _VISUAL_INPUTS if name in model_kwargs}
         if expand_size > 1 and any(value is not None for value in visual.values()):
-            visual = self._expand_visual_tokens(expand_size, input_ids, model_kwargs.get("inputs_embeds"), visual)
+            visual = self._expand_visual_tokens(
+                expand_size, input_ids, model_kwargs.get("inputs_embeds"), visual
+            )
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
         )
         return input_ids, model_kwargs | visual
 
@@ -511,7 +526,9 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         expanded = {}
         for modality, features in zip(("image", "video"), tokens, strict=True):
             if features is not None:
-                per_sample = self.model._placeholder_mask(modality, input_ids, inputs_embeds).sum(dim=1).tolist()
+                per_sample = (
+                    self.model._placeholder_mask(modality, input_ids, inputs_embeds).sum(dim=1).tolist()
+                )
                 expanded[f"{modality}_features"] = torch.cat(
                     [sample.repeat(expand_size, 1) for sample in features.split(per_sample)]
                 )

@@ -24,7 +24,7 @@ _PART_CLASSES = {
 }
 
 
-class StormProcessorKwargs(ProcessingKwargs, total=False):
+class StormProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """Options of a call, sorted by the part that they go to."""
 
     images_kwargs: StormImagesKwargs
@@ -80,6 +80,13 @@ class StormProcessor(ProcessorMixin):
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
         """Returns the class that a part must have; transformers' own check needs torchvision.
 
+        Args:
+            argument_name: Name of the part.
+            argument: The part.
+
+        Returns:
+            The class.
+
         Raises:
             TypeError: The part is of another class.
         """
@@ -88,19 +95,25 @@ class StormProcessor(ProcessorMixin):
             raise TypeError(f"{argument_name} must be a {expected.__name__}, got {type(argument).__name__}")
         return expected
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
+    ) -> Any:
         """Returns the inputs in the form that transformers expects; a `pathlib.Path` becomes a string."""
-        return super().prepare_inputs_layout(images=images, text=text, videos=_paths_to_strings(videos), **kwargs)
+        return super().prepare_inputs_layout(
+            images=images, text=text, videos=_paths_to_strings(videos), **kwargs
+        )
 
-    def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:  # noqa: ARG002
+    def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
         """Returns the placeholders of one image."""
         compression = TokenCompression(*map(int, image_inputs["image_compression"][image_idx]))
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         patch_size = self.image_processor.patch_size
-        grid = visual_grid((1, height // patch_size, width // patch_size), self.image_processor.downsample, compression)
+        grid = visual_grid(
+            (1, height // patch_size, width // patch_size), self.image_processor.downsample, compression
+        )
         return self.image_token * math.prod(grid)
 
-    def replace_video_token(self, video_inputs: BatchFeature, video_idx: int, **kwargs: Any) -> str:  # noqa: ARG002
+    def replace_video_token(self, video_inputs: BatchFeature, video_idx: int, **kwargs: Any) -> str:
         """Returns the placeholders of one video, with the separators between its frame groups."""
         t, h, w = map(int, video_inputs["video_grid_thw"][video_idx])
         compression = TokenCompression(*map(int, video_inputs["video_compression"][video_idx]))
@@ -154,13 +167,14 @@ class StormProcessor(ProcessorMixin):
         if video_sizes is not None:
             options = merged.get("videos_kwargs", {})
             data["num_video_tokens"] = [
-                math.prod(self._grid(self.video_processor, num_frames, options)) for num_frames, _, _ in video_sizes
+                math.prod(self._grid(self.video_processor, num_frames, options))
+                for num_frames, _, _ in video_sizes
             ]
         return MultiModalData(**data)
 
     def _grid(self, part: Any, num_frames: int, options: dict[str, Any]) -> tuple[int, int, int]:
         names = ("temporal_pool", "spatial_pool", "temporal_sample")
-        compression = TokenCompression(**{name: options.get(name) or getattr(part, name, 1) for name in names})
+        compression = TokenCompression(*(int(options.get(name) or getattr(part, name, 1)) for name in names))
         rows, columns = check_size(options.get("size") or part.size, part.patch_size)
         return visual_grid((num_frames, rows, columns), part.downsample, compression)
 

@@ -22,9 +22,10 @@ class TemporalLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TemporalProjectorConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        _, hidden_size, _ = config.sizes()
+        self.norm = nn.LayerNorm(hidden_size, eps=config.norm_eps)
         self.mixer = MambaMixer(
-            config.hidden_size,
+            hidden_size,
             d_state=config.d_state,
             d_conv=config.d_conv,
             expand=config.expand,
@@ -51,25 +52,19 @@ class TemporalProjector(nn.Module):
     Args:
         config: Sizes and choices; ``input_size`` and ``output_size`` must be set.
 
-    Raises:
-        ValueError: ``input_size`` or ``output_size`` of the config is None.
-
     Source:
         STORM (arXiv 2503.04130), section 3 and Figure 6; the ``mlp`` form is NVILA's ``mlp_downsample``.
     """
 
     def __init__(self, config: TemporalProjectorConfig) -> None:
         super().__init__()
-        if config.input_size is None or config.output_size is None:
-            raise ValueError("TemporalProjectorConfig: input_size and output_size must be set to build the projector")
+        _, hidden_size, output_size = config.sizes()
         self.config = config
         self.downsample_side = math.isqrt(config.downsample)
         self.input_projection = _input_projection(config)
         self.layers = nn.ModuleList(TemporalLayer(config) for _ in range(config.num_mamba_layers))
         self.output_projection = (
-            nn.Linear(config.hidden_size, config.output_size)
-            if config.hidden_size != config.output_size
-            else nn.Identity()
+            nn.Linear(hidden_size, output_size) if hidden_size != output_size else nn.Identity()
         )
         self.reset_parameters()
 
@@ -129,24 +124,26 @@ class TemporalProjector(nn.Module):
             states: One state for each layer, from the call before; None at the beginning.
 
         Returns:
-            Tokens, ``(t, h', w', output_size)``, equal to those of ``forward`` on the whole video, and the states.
-
-        Raises:
-            ValueError: The projector is bidirectional.
+            Tokens, ``(t, h', w', output_size)``, equal to those of ``forward`` on the whole video, and the states; a
+            bidirectional projector has none, which is a ValueError.
         """
         tokens = self.project(features)
         sequence = tokens.flatten(0, 2)[None]  # (1, t * h * w, d)
         next_states = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._temporal_layers):
             sequence, state = layer.step(sequence, None if states is None else states[index])
             next_states.append(state)
         return self.output_projection(sequence)[0].unflatten(0, tokens.shape[:3]), next_states
+
+    @property
+    def _temporal_layers(self) -> list[TemporalLayer]:
+        return list(self.layers)  # type: ignore[arg-type]  # a ModuleList does not know what it holds
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Zeroes the mixers' outputs if the config asks that the Mamba layers begin as the identity."""
         if self.config.zero_init_residual:
-            for layer in self.layers:
+            for layer in self._temporal_layers:
                 init.zeros_(layer.mixer.out_proj.weight)
 
 
@@ -166,14 +163,15 @@ def pixel_shuffle(features: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _input_projection(config: TemporalProjectorConfig) -> nn.Module:
-    merged_size = config.input_size * config.downsample
+    input_size, hidden_size, _ = config.sizes()
+    merged_size = input_size * config.downsample
     if config.projector_type == "linear":
-        return nn.Linear(merged_size, config.hidden_size)
+        return nn.Linear(merged_size, hidden_size)
     return nn.Sequential(
         nn.LayerNorm(merged_size),
-        nn.Linear(merged_size, config.hidden_size),
+        nn.Linear(merged_size, hidden_size),
         nn.GELU(),
-        nn.Linear(config.hidden_size, config.hidden_size),
+        nn.Linear(hidden_size, hidden_size),
     )
 
 

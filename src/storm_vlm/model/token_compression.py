@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from storm_vlm.errors import BudgetError
+from storm_vlm.errors import BudgetError, StormError
 
 Grid = tuple[int, int, int]
 
@@ -23,7 +23,7 @@ class TokenCompression:
         temporal_sample: Keep every n-th frame, beginning with the first; used in evaluation only.
 
     Raises:
-        ValueError: A value is not a positive integer, or ``spatial_pool`` is not a perfect square.
+        StormError: A value is not a positive integer, or ``spatial_pool`` is not a perfect square.
 
     Source:
         STORM (arXiv 2503.04130), Eq. 6-8.
@@ -37,9 +37,9 @@ class TokenCompression:
         for name in ("temporal_pool", "spatial_pool", "temporal_sample"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise StormError(f"{name} must be a positive integer, got {value!r}")
         if math.isqrt(self.spatial_pool) ** 2 != self.spatial_pool:
-            raise ValueError(f"spatial_pool must be a perfect square (1, 4, 9, ...), got {self.spatial_pool}")
+            raise StormError(f"spatial_pool must be a perfect square (1, 4, 9, ...), got {self.spatial_pool}")
 
     @property
     def spatial_block(self) -> int:
@@ -65,16 +65,17 @@ class TokenCompression:
             Frames, rows and columns that reach the language model.
 
         Raises:
-            ValueError: ``spatial_pool`` does not divide the rows or columns.
+            StormError: ``spatial_pool`` does not divide the rows or columns.
         """
         t, h, w = grid
         block = self.spatial_block
         if h % block or w % block:
-            raise ValueError(
+            raise StormError(
                 f"spatial_pool={self.spatial_pool} averages {block}x{block} blocks, which do not divide the "
                 f"{h}x{w} token grid of a frame: choose a spatial_pool whose root divides both"
             )
-        return -(-(-(-t // self.temporal_pool)) // self.temporal_sample), h // block, w // block
+        num_groups = math.ceil(math.ceil(t / self.temporal_pool) / self.temporal_sample)
+        return num_groups, h // block, w // block
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compresses the tokens of one video: temporal pooling, spatial pooling, then temporal sampling.
@@ -201,12 +202,12 @@ def plan_frames(
         The plan, whose ``num_visual_tokens`` is exact.
 
     Raises:
-        ValueError: Neither ``num_frames`` nor ``token_budget`` is given, or a number is below 1.
+        StormError: Neither ``num_frames`` nor ``token_budget`` is given, or a number is below 1.
         BudgetError: Not even one frame fits the budget.
     """
     for name, value in (("num_frames", num_frames), ("token_budget", token_budget)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise StormError(f"{name} must be at least 1, got {value}")
     tokens_per_group = math.prod(visual_grid((1, *patch_grid_hw), downsample, compression))
     if token_budget is not None and tokens_per_group > token_budget:
         raise BudgetError(
@@ -215,7 +216,7 @@ def plan_frames(
         )
     if num_frames is None:
         if token_budget is None:
-            raise ValueError("num_frames or token_budget must be given")
+            raise StormError("num_frames or token_budget must be given")
         num_frames = (token_budget // tokens_per_group) * compression.frames_per_group
     num_frames = min(num_frames, available_frames)
     if token_budget is not None:

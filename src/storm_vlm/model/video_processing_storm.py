@@ -29,7 +29,7 @@ _INTERPOLATION = {
 }
 
 
-class StormVideosKwargs(VideosKwargs, total=False):
+class StormVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """Options of `StormVideoProcessor` beside those of every video processor.
 
     Attributes:
@@ -125,10 +125,7 @@ class StormVideoProcessor(BaseVideoProcessor):
             compression: Compression asked for; the processor's default if None.
 
         Returns:
-            Times to read frames at, in seconds, and the plan.
-
-        Raises:
-            BudgetError: Not even one frame fits ``token_budget``.
+            Times to read frames at, in seconds, and the plan; a budget that not even one frame fits is a BudgetError.
         """
         compression = compression or self.compression
         if num_frames is None and fps is None and token_budget is None:
@@ -169,7 +166,6 @@ class StormVideoProcessor(BaseVideoProcessor):
 
         Raises:
             TypeError: An option is unknown.
-            ValueError: An option is out of range or a video cannot be understood.
         """
         unknown = kwargs.keys() - set(self.valid_kwargs.__annotations__) - {"return_tensors"}
         if unknown:
@@ -179,7 +175,9 @@ class StormVideoProcessor(BaseVideoProcessor):
         settings = self._standardize_kwargs(**settings)
         videos = make_batched_videos(videos)
         metadata = _batched_metadata(asked.get("video_metadata"), len(videos))
-        sampled = [self._sample(video, given, asked, settings) for video, given in zip(videos, metadata, strict=True)]
+        sampled = [
+            self._sample(video, given, asked, settings) for video, given in zip(videos, metadata, strict=True)
+        ]
         return self._to_batch(sampled, settings)
 
     def _sample(
@@ -280,7 +278,11 @@ class StormVideoProcessor(BaseVideoProcessor):
             "video_grid_thw": torch.tensor(grids, dtype=torch.long),
             "video_compression": torch.tensor(
                 [
-                    (video.compression.temporal_pool, video.compression.spatial_pool, video.compression.temporal_sample)
+                    (
+                        video.compression.temporal_pool,
+                        video.compression.spatial_pool,
+                        video.compression.temporal_sample,
+                    )
                     for video in sampled
                 ],
                 dtype=torch.long,
@@ -305,7 +307,9 @@ def _frames_of_array(
     num_frames, fps = asked.get("num_frames"), asked.get("fps")
     if fps is not None:
         if not metadata.fps:
-            raise ValueError("fps was asked for a video without a known frame rate: give video_metadata with fps")
+            raise ValueError(
+                "fps was asked for a video without a known frame rate: give video_metadata with fps"
+            )
         wanted = max(1, round(total / metadata.fps * fps))
         num_frames = wanted if num_frames is None else min(wanted, num_frames)
     elif num_frames is None and asked.get("do_sample_frames") and asked.get("token_budget") is None:
@@ -324,7 +328,9 @@ def _channels_first(frames: np.ndarray | torch.Tensor, input_data_format: str | 
     """Returns frames as ``(t, 3, h, w)``; channels are looked for last and then second, unless said."""
     frames = torch.as_tensor(np.ascontiguousarray(frames) if isinstance(frames, np.ndarray) else frames)
     if frames.ndim != 4:
-        raise ValueError(f"a video must have 4 dimensions (frames, height, width, 3), got shape {tuple(frames.shape)}")
+        raise ValueError(
+            f"a video must have 4 dimensions (frames, height, width, 3), got shape {tuple(frames.shape)}"
+        )
     layout = str(getattr(input_data_format, "value", input_data_format or ""))
     if frames.shape[-1] == 3 and layout != "channels_first":
         return frames.permute(0, 3, 1, 2)

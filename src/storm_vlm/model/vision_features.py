@@ -14,7 +14,11 @@ VISION_CHUNK_FRAMES = 32
 
 
 def extract_features(
-    vision_tower: PreTrainedModel, pixel_values: torch.Tensor, *, patch_size: int, feature_layer: int | None = None
+    vision_tower: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    *,
+    patch_size: int,
+    feature_layer: int | None = None,
 ) -> torch.Tensor:
     """Encodes frames, some at a time, and lays their patch features out as a grid.
 
@@ -33,7 +37,9 @@ def extract_features(
             ``patch_size`` patches.
     """
     if pixel_values.ndim != 4:
-        raise ValueError(f"pixel values must be (frames, 3, height, width), got shape {tuple(pixel_values.shape)}")
+        raise ValueError(
+            f"pixel values must be (frames, 3, height, width), got shape {tuple(pixel_values.shape)}"
+        )
     pieces = pixel_values.to(dtype=vision_tower.dtype, device=vision_tower.device).split(VISION_CHUNK_FRAMES)
     return torch.cat([_encode(vision_tower, piece, patch_size, feature_layer) for piece in pieces])
 
@@ -86,7 +92,10 @@ def _encode(
 
 
 def _run_tower(
-    vision_tower: PreTrainedModel, pixel_values: torch.Tensor, patch_size: int | None, feature_layer: int | None
+    vision_tower: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    patch_size: int | None,
+    feature_layer: int | None,
 ) -> torch.Tensor:
     """Returns the encoder's patch tokens ``(f, n, c)`` or feature map ``(f, c, h, w)``."""
     parameters = inspect.signature(vision_tower.forward).parameters
@@ -119,7 +128,12 @@ def _to_grid(features: torch.Tensor, image_size: tuple[int, int], patch_size: in
     h, w = -(-height // patch_size), -(-width // patch_size)
     if features.ndim == 4 and features.shape[2:] == (h, w):
         return rearrange(features, "f c h w -> f h w c")
-    if features.ndim == 3 and height % patch_size == 0 and width % patch_size == 0 and features.shape[1] >= h * w:
+    if (
+        features.ndim == 3
+        and height % patch_size == 0
+        and width % patch_size == 0
+        and features.shape[1] >= h * w
+    ):
         return features[:, features.shape[1] - h * w :].unflatten(1, (h, w))
     raise ValueError(
         f"the vision encoder returned {tuple(features.shape)} for {height}x{width} pixels, which is no grid of "
@@ -131,4 +145,3 @@ def _as_pair(size: int | list[int] | tuple[int, int] | None) -> tuple[int, int] 
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
