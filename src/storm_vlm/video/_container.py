@@ -29,7 +29,11 @@ FILE_FORMATS = (
 # With URLs allowed, an HLS playlist may name more URLs, but its protocols keep it away from local files.
 URL_FORMATS = f"{FILE_FORMATS},hls,rtsp,rtp,sdp,mpjpeg,aac,mp3,webvtt"
 URL_PROTOCOLS = "http,https,httpproxy,rtsp,rtsps,rtp,rtcp,srtp,udp,tcp,tls,crypto"
-# Formats whose read errors are passed over are read on until this many come in a row.
+# After a seek these give other timestamps than when read through, so they are read through.
+SEQUENTIAL_FORMATS = ("mpeg", "ogg", "rm", "dv")
+# These store decoding times alone: with B-frames, presentation times are counted frames.
+DECODING_TIME_FORMATS = ("avi", "asf")
+# Reading goes on after errors until this many come in a row.
 MAX_READ_ERRORS = 16
 
 
@@ -41,15 +45,17 @@ class VideoContainer:
         self._max_pixels = max_pixels
         self._container: InputContainer | None = None
         self.packets: Iterator[av.Packet] = iter(())
-        self.can_seek = True
         self.open()
         first = next(self.packets, None)
         if first is None or first.size == 0:
             self.close()
             raise VideoError(f"{self.name}: the video stream is empty, expected at least one frame")
+        format_name = self.stream.container.format.name
+        is_reordered = format_name in DECODING_TIME_FORMATS and self.stream.codec_context.reorder_depth > 0
+        self.has_timestamps = first.pts is not None and not is_reordered
+        self.can_seek = self.has_timestamps and format_name not in SEQUENTIAL_FORMATS
         self._first_packet = (first.pts, first.dts, first.size)
-        self.first_pts = None if first.is_discard else first.pts
-        self.has_timestamps = first.pts is not None
+        self.first_pts = first.pts if self.has_timestamps and not first.is_discard else None
         self.packets = chain([first], self.packets)
 
     def open(self) -> None:
@@ -92,6 +98,12 @@ class VideoContainer:
         return self.stream.time_base or Fraction(1, av.time_base)
 
     @property
+    def stream_seconds(self) -> float | None:
+        """Duration of the video stream as declared or estimated by libav."""
+        duration, time_base = self.stream.duration, self.stream.time_base
+        return float(duration * time_base) if duration and duration > 0 and time_base else None
+
+    @property
     def declared_seconds(self) -> float | None:
         """Duration according to the container as a whole, which other streams may have stretched."""
         duration = self._container.duration if self._container is not None else None
@@ -104,7 +116,7 @@ class VideoContainer:
 
     def seek(self, pts: int, to_any_packet: bool = False) -> bool:
         """Moves to a keyframe (or packet) at or before ``pts``, as well as the format can; False if it cannot."""
-        if not (self.can_seek and self.has_timestamps and self._container is not None):
+        if not self.can_seek or self._container is None:
             return False
         try:
             self._container.seek(pts, stream=self.stream, backward=True, any_frame=to_any_packet)

@@ -42,6 +42,8 @@ class FrameCursor:
         self._is_endless = is_endless
         self._ticks_per_second = int(1 / video.time_base)
         self._keyframe_gap = int(ASSUMED_KEYFRAME_SECONDS * self._ticks_per_second)
+        codec_name = video.stream.codec_context.name
+        self._has_exact_skip = video.has_timestamps and codec_name in CODECS_WITH_EXACT_SKIP
         self._has_warned = False
         self._end_pts: int | None = None
         self._current: StampedFrame | None = None
@@ -81,7 +83,8 @@ class FrameCursor:
             self._current = self._next
             self._next = self._decode_next(target)
         if self._next is None and self._current is not None:
-            shown = max(self._current.frame.duration or 0, 2 * self._ticks_per_frame)
+            duration = self._current.frame.duration if self._video.has_timestamps else 1
+            shown = max(duration or 0, 2 * self._ticks_per_frame)
             self._end_pts = self._current.pts + shown
             if target >= self._end_pts:
                 return None
@@ -172,13 +175,9 @@ class FrameCursor:
 
     def _is_skippable(self, packet: av.Packet, target: int | None) -> bool:
         """Whether another frame is shown after this one and not after the target."""
-        if (
-            target is None
-            or packet.pts is None
-            or self._video.stream.codec_context.name not in CODECS_WITH_EXACT_SKIP
-        ):
-            return False
         pts = packet.pts
+        if target is None or pts is None or not self._has_exact_skip:
+            return False
         return any(later.pts is not None and pts < later.pts <= target for later in self._queue)
 
     def _take(self, frame: av.VideoFrame) -> None:

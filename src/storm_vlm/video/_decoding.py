@@ -95,10 +95,8 @@ class ContainerFrames:
     def _find_duration(self) -> float:
         """Returns the end of the last frame, from its packet; what the container declares may be far from it."""
         video = self._video
-        is_counted = video.stream.frames > 0 and (video.stream.duration or 0) > 0
-        declared = (
-            float((video.stream.duration or 0) * video.time_base) if is_counted else video.declared_seconds
-        )
+        is_counted = video.stream.frames > 0 and video.stream_seconds is not None
+        declared = video.stream_seconds if is_counted else video.declared_seconds
         if declared is not None and video.is_url:
             return declared
         if declared is None or (not is_counted and video.num_bytes <= SCANNED_BYTES):
@@ -107,7 +105,7 @@ class ContainerFrames:
         else:
             times = self._read_last_times(declared)
         found = self._end_of(times)
-        if is_counted and declared is not None:
+        if declared is not None and (is_counted or not times):
             return max(found, declared)
         absolute = float(self._start_pts * video.time_base)
         if declared is not None and found + max(absolute, 0.0) < 0.9 * declared:
