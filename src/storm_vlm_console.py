@@ -3,6 +3,6 @@
 
 def main() -> None:
     """Runs the command line."""
-    from storm_vlm.cli.main import app  # noqa: PLC0415 (after this module is known to be loaded)
+    from storm_vlm.cli.main import run  # noqa: PLC0415 (after this module is known to be loaded)
 
-    app()
+    run()

@@ -92,7 +92,10 @@ class TemporalProjectorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns input, hidden and output size.
+        """Returns the sizes that the projector is built with.
+
+        Returns:
+            Input, hidden and output size.
 
         Raises:
             ValueError: One of them is not set.

@@ -172,9 +172,9 @@ class StormProcessor(ProcessorMixin):
             ]
         return MultiModalData(**data)
 
-    def _grid(self, part: Any, num_frames: int, options: dict[str, Any]) -> tuple[int, int, int]:
+    def _grid(self, part: Any, num_frames: int, options: Any) -> tuple[int, int, int]:
         names = ("temporal_pool", "spatial_pool", "temporal_sample")
-        compression = TokenCompression(*(int(options.get(name) or getattr(part, name, 1)) for name in names))
+        compression = TokenCompression(*(options.get(name) or int(getattr(part, name, 1)) for name in names))
         rows, columns = check_size(options.get("size") or part.size, part.patch_size)
         return visual_grid((num_frames, rows, columns), part.downsample, compression)
 

@@ -1,0 +1,35 @@
+# Each target does all its own set-up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/storm setup-demo
+	$(BIN)/storm ask "$$($(BIN)/storm setup-demo 2>/dev/null | sed -n 's/^clip:  //p' | head -n 1)" "What happens in this video?"
+
+test: .venv/dev lint
+	$(BIN)/storm setup-demo
+	$(BIN)/pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet src
+	$(BIN)/lint-imports
+	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/demo
+
+clean:
+	rm -rf .venv

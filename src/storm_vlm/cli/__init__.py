@@ -1,0 +1,1 @@
+"""The `storm` command: one file per subcommand; each parses, calls one function and prints."""
