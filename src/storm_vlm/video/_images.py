@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from storm_vlm.errors import VideoError
 from storm_vlm.video._source import Source, list_pictures
@@ -142,14 +142,7 @@ def _guarded(name: str, function: Callable[..., T], *args: object) -> T:
         return function(*args)
     except VideoError:
         raise
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-    ) as error:
+    except Exception as error:
         raise VideoError(f"{name}: not a picture that can be read: {error}") from error
 
 

@@ -167,9 +167,10 @@ def _resolve_file_object(file: BinaryIO) -> Source:
         raise VideoError(f"{shown}: the file object cannot seek, pass the bytes or a path instead")
     if isinstance(file, io.TextIOBase):
         raise VideoError(f"{shown}: the file object gives text, open it in binary mode")
+    position = file.tell()
     if file.seek(0, io.SEEK_END) == 0:
         raise VideoError(f"{shown}: the file is empty, expected a video")
-    file.seek(0)
+    file.seek(position)
     return Source(shown, file=file)
 
 

@@ -180,7 +180,7 @@ class VideoReader:
             f" {self.metadata.duration_seconds:.3f} s"
         )
         if num_read == 0:
-            raise VideoError(f"{message}, expected some at {missed[0]:.3f} s or later")
+            raise VideoError(f"{message}, expected a time before that, not {missed[0]:.3f} s or later")
         if not self._has_warned:
             logger.warning("%s; %d of %d times are left out", message, len(missed), num_read + len(missed))
             self._has_warned = True
