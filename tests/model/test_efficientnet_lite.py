@@ -13,6 +13,7 @@ from storm_vlm.model.demo_parts import VISION_ENCODER, find_part
 from storm_vlm.model.efficientnet_lite import (
     EfficientNetLiteConfig,
     EfficientNetLiteModel,
+    SamePadConv2d,
     load_efficientnet_lite0,
 )
 
@@ -65,6 +66,16 @@ def test_the_map_is_the_last_stage_of_each_stride_at_the_finest(tiny: EfficientN
     fine, coarse = output.last_hidden_state.split([16, 20], dim=1)
     assert torch.equal(fine, output.hidden_states[2])
     assert torch.equal(coarse, output.hidden_states[3].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize(("side", "first"), [(6, 1), (7, 0)], ids=["even", "odd"])
+def test_stride_two_pads_as_tensorflow_does(side: int, first: int) -> None:
+    convolution = SamePadConv2d(1, 1, kernel_size=3, stride=2)
+    with torch.no_grad():
+        convolution.weight.zero_()[0, 0, 1, 1] = 1
+        convolution.bias.zero_()
+    image = torch.arange(side * side, dtype=torch.float32).reshape(1, 1, side, side)
+    assert torch.equal(convolution(image), image[:, :, first::2, first::2])
 
 
 def test_a_frame_in_a_batch_gives_what_it_gives_alone(tiny: EfficientNetLiteModel) -> None:
