@@ -92,7 +92,7 @@ def compare(minutes: float, num_frames: int, repeats: int) -> dict[str, object]:
     if not np.array_equal(seek(), read_sequentially(path, targets)):
         sys.exit(f"{path}: seeking and sequential decoding differ")
     by_seeking = measure(seek, repeats)
-    in_sequence = measure(lambda: read_sequentially(path, targets), max(1, repeats // 2))
+    in_sequence = measure(lambda: read_sequentially(path, targets), (repeats + 1) // 2)
     return {
         "minutes": minutes,
         "num_frames": num_frames,
