@@ -1,0 +1,140 @@
+"""Chooses the backend of a selective scan: by device and availability, or as forced by argument or environment."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from storm_vlm.ops import _reference, _torch
+from storm_vlm.ops._arguments import ScanArguments
+
+logger = logging.getLogger(__name__)
+
+BACKEND_VARIABLE = "STORM_SCAN_BACKEND"
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChoice:
+    """A backend and why it was chosen.
+
+    Attributes:
+        name: Key of the backend.
+        reason: One line for people.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """One way to compute the scan; the first of the table that serves a device is its default."""
+
+    scan: Callable[[ScanArguments], tuple[torch.Tensor, torch.Tensor]]
+    devices: str
+    is_definition: bool = False
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether the backend runs on this device."""
+        return self.devices in ("any", device.type)
+
+
+# Fastest first.
+_BACKENDS = {
+    "torch": _Backend(_torch.scan, devices="any"),
+    "reference": _Backend(_reference.scan, devices="any", is_definition=True),
+}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Returns the names of the backends that this installation has, fastest first."""
+    return tuple(_BACKENDS)
+
+
+def backend_choice(device: torch.device | str, backend: str | None = None) -> BackendChoice:
+    """Returns the backend that runs on a device.
+
+    Args:
+        device: Device of the inputs.
+        backend: A backend to force; the variable ``STORM_SCAN_BACKEND`` or the fastest one if None.
+
+    Returns:
+        The backend's name and the reason.
+
+    Raises:
+        ValueError: The backend forced is unknown or does not run on the device.
+    """
+    device = torch.device(device)
+    forced_by = "argument backend"
+    if backend is None and (backend := os.environ.get(BACKEND_VARIABLE) or None):
+        forced_by = BACKEND_VARIABLE
+    if backend is None:
+        name = next(name for name, entry in _BACKENDS.items() if entry.serves(device))
+        return BackendChoice(name, f"fastest backend here for {device.type}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"{forced_by}={backend!r}: no such scan backend; there are {', '.join(_BACKENDS)}")
+    if not _BACKENDS[backend].serves(device):
+        raise ValueError(f"{forced_by}={backend!r} does not run on {device.type}")
+    return BackendChoice(backend, f"forced by {forced_by}")
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: torch.Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Runs the selective state-space recurrence along the sequence.
+
+    Computes ``h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]`` and ``y[t] = C[t] h[t] + D u[t]``, and gates the
+    output with ``silu(z)``. Inputs may be strided. The recurrence runs in float32, in float64 for float64 inputs.
+
+    Args:
+        u: Input, ``(b, d, l)``; float64, float32, float16 or bfloat16; no dimension may be empty.
+        delta: Time steps, ``(b, d, l)``.
+        A: State matrix, real, ``(d, n)``; negative for a stable recurrence.
+        B: Input weights: ``(b, n, l)``, ``(b, g, n, l)`` for ``g`` groups of channels, or ``(d, n)``, constant in time.
+        C: Output weights, as ``B``.
+        D: Skip weights, ``(d,)``; none if None.
+        z: Gate, ``(b, d, l)``; none if None.
+        delta_bias: Added to ``delta``, ``(d,)``; none if None.
+        delta_softplus: Apply softplus to ``delta`` and its bias.
+        return_last_state: Return the last state too.
+        initial_state: State before the first step, ``(b, d, n)``; zeros if None.
+        reverse: Run from the last position to the first: ``initial_state`` then comes before position ``l - 1`` and
+            the last state is that after position 0.
+        backend: Force a backend; by device and availability if None.
+
+    Returns:
+        Output, ``(b, d, l)``, in the dtype of ``u``; with ``return_last_state`` also the state after the last step,
+        ``(b, d, n)``, float32 or float64. Inputs that do not fit, and a backend that cannot run, are a ValueError.
+
+    Source:
+        Gu and Dao 2023 (arXiv 2312.00752), Algorithm 2; signature of ``mamba_ssm``'s ``selective_scan_fn``, whose
+        arguments mean the same here; ``initial_state`` and ``reverse`` are ours.
+    """
+    arguments = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse)
+    choice = backend_choice(u.device, backend)
+    _log_once(choice)
+    out, last_state = _BACKENDS[choice.name].scan(arguments)
+    return (out, last_state) if return_last_state else out
+
+
+@functools.cache
+def _log_once(choice: BackendChoice) -> None:
+    """Logs each choice once, as a warning where it is the slow definition."""
+    level = logging.WARNING if _BACKENDS[choice.name].is_definition else logging.INFO
+    logger.log(level, "selective scan: %s (%s)", choice.name, choice.reason)

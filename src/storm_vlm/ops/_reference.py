@@ -1,0 +1,60 @@
+"""The definition of the selective scan: one step after the other, every gradient by autograd.
+
+Shapes: ``b`` batch, ``l`` sequence, ``d`` channels, ``n`` state size, ``g`` groups of channels that share B or C.
+"""
+
+import torch
+from torch.nn import functional
+
+from storm_vlm.ops._arguments import ScanArguments
+
+
+def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the recurrence step by step, in float64 for float64 inputs and in float32 otherwise.
+
+    Args:
+        arguments: Checked inputs.
+
+    Returns:
+        Output ``(b, d, l)`` in the dtype of ``u``, and the last state ``(b, d, n)`` in the dtype computed in.
+
+    Source:
+        Gu and Dao 2023 (arXiv 2312.00752), Eq. 2a with the discretisation of its section 3.2 as in ``mamba_ssm``.
+    """
+    dtype = arguments.compute_dtype
+    u, A = arguments.u.to(dtype), arguments.A.to(dtype)
+    delta = arguments.delta.to(dtype)
+    if arguments.delta_bias is not None:
+        delta = delta + arguments.delta_bias.to(dtype)[:, None]
+    if arguments.delta_softplus:
+        delta = functional.softplus(delta)
+    B, C = (
+        _per_channel(weights.to(dtype), u.shape) for weights in (arguments.B, arguments.C)
+    )  # (b, d, n, l)
+
+    state = u.new_zeros(*u.shape[:2], A.shape[1])
+    if arguments.initial_state is not None:
+        state = arguments.initial_state.to(dtype)
+    outputs: list[torch.Tensor] = [state] * u.shape[2]
+    steps = range(u.shape[2])
+    for t in reversed(steps) if arguments.reverse else steps:
+        state = (
+            torch.exp(delta[..., t, None] * A) * state + (delta[..., t] * u[..., t])[..., None] * B[..., t]
+        )
+        outputs[t] = (state * C[..., t]).sum(dim=-1)
+    y = torch.stack(outputs, dim=-1)
+
+    if arguments.D is not None:
+        y = y + arguments.D.to(dtype)[:, None] * u
+    if arguments.z is not None:
+        y = y * functional.silu(arguments.z.to(dtype))
+    return y.to(arguments.u.dtype), state
+
+
+def _per_channel(weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Views B or C as one vector for each sample, channel and step: ``(b, d, n, l)``."""
+    b, d, length = shape
+    if weights.ndim == 2:
+        return weights[None, :, :, None].expand(b, -1, -1, length)
+    grouped = weights[:, None] if weights.ndim == 3 else weights  # (b, g, n, l)
+    return grouped.repeat_interleave(d // grouped.shape[1], dim=1)
