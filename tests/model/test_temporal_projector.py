@@ -97,7 +97,11 @@ def test_inner_width_may_differ_from_the_language_models():
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"downsample": 3}, "downsample"), ({"num_mamba_layers": -1}, "num_mamba_layers"), ({"projector_type": "conv"}, "projector_type")],
+    [
+        ({"downsample": 3}, "downsample"),
+        ({"num_mamba_layers": -1}, "num_mamba_layers"),
+        ({"projector_type": "conv"}, "projector_type"),
+    ],
 )
 def test_bad_values_name_their_field(options, field):
     with pytest.raises(Exception, match=field):

@@ -76,20 +76,29 @@ def test_grid_that_the_downsampling_does_not_divide_is_padded():
 
 
 def test_spatial_pool_must_divide_the_grid():
-    with pytest.raises(ValueError, match="spatial_pool=4 averages 2x2 blocks, which do not divide the 7x7 token grid"):
+    with pytest.raises(
+        ValueError, match="spatial_pool=4 averages 2x2 blocks, which do not divide the 7x7 token grid"
+    ):
         TokenCompression(spatial_pool=4)(torch.zeros(2, 7, 7, 3))
 
 
 @pytest.mark.parametrize(
     ("values", "field"),
-    [((0, 1, 1), "temporal_pool"), ((1, 3, 1), "spatial_pool"), ((1, 1, -2), "temporal_sample"), ((1.5, 1, 1), "temporal_pool")],
+    [
+        ((0, 1, 1), "temporal_pool"),
+        ((1, 3, 1), "spatial_pool"),
+        ((1, 1, -2), "temporal_sample"),
+        ((1.5, 1, 1), "temporal_pool"),
+    ],
 )
 def test_bad_values_name_their_field(values, field):
     with pytest.raises(ValueError, match=field):
         TokenCompression(*values)
 
 
-@pytest.mark.parametrize("compression", [TokenCompression(), TokenCompression(4, 1, 1), TokenCompression(4, 4, 2)])
+@pytest.mark.parametrize(
+    "compression", [TokenCompression(), TokenCompression(4, 1, 1), TokenCompression(4, 4, 2)]
+)
 @pytest.mark.parametrize("budget", [64, 300, 1024, 8192])
 def test_budget_alone_takes_the_most_frames_that_fit(compression, budget):
     def count(num_frames: int) -> int:
@@ -97,9 +106,13 @@ def test_budget_alone_takes_the_most_frames_that_fit(compression, budget):
 
     if count(1) > budget:
         with pytest.raises(BudgetError, match=f"token_budget={budget}"):
-            plan_frames(PAPER_PATCHES, 4, compression, available_frames=100, num_frames=None, token_budget=budget)
+            plan_frames(
+                PAPER_PATCHES, 4, compression, available_frames=100, num_frames=None, token_budget=budget
+            )
         return
-    plan = plan_frames(PAPER_PATCHES, 4, compression, available_frames=100, num_frames=None, token_budget=budget)
+    plan = plan_frames(
+        PAPER_PATCHES, 4, compression, available_frames=100, num_frames=None, token_budget=budget
+    )
     assert plan.num_frames == max(n for n in range(1, 101) if count(n) <= budget)
     assert plan.num_visual_tokens == count(plan.num_frames)
     assert plan.compression == compression
@@ -108,7 +121,9 @@ def test_budget_alone_takes_the_most_frames_that_fit(compression, budget):
 @pytest.mark.parametrize("num_frames", [1, 7, 32, 33, 100])
 def test_budget_and_frames_choose_the_least_sampling(num_frames):
     pooled = TokenCompression(temporal_pool=4)
-    plan = plan_frames(PAPER_PATCHES, 4, pooled, available_frames=200, num_frames=num_frames, token_budget=1024)
+    plan = plan_frames(
+        PAPER_PATCHES, 4, pooled, available_frames=200, num_frames=num_frames, token_budget=1024
+    )
     assert plan.num_frames == num_frames
     fitting = [
         s
