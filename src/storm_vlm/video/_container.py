@@ -6,13 +6,13 @@ Playlists (HLS, DASH, concat, SDP, image sequences) name other files for libav t
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from fractions import Fraction
 from itertools import chain
 
 import av
 from av.container import InputContainer
-from av.stream import Discard, Disposition
+from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from storm_vlm.errors import VideoError
@@ -156,10 +156,11 @@ class VideoContainer:
         # Slices, as frame threads must refill after each seek.
         context.thread_type = "SLICE"
         context.options = {"max_pixels": str(self._max_pixels)}
+        # From PyAV 18 on the demuxer can be told to leave out the other streams; before, they are read and dropped.
+        discard = getattr(av.stream, "Discard", None)
         for other in self.stream.container.streams:
-            if other.index != self.stream.index:
-                with suppress(AttributeError):
-                    other.discard = Discard.all
+            if discard is not None and other.index != self.stream.index:
+                other.discard = discard.all
 
     def _read_packets(self) -> Iterator[av.Packet]:
         """Yields the packets of the video stream; damage is passed over, and the end of the data ends it."""

@@ -101,8 +101,9 @@ class FrameCursor:
 
     def _has_keyframe_between(self, low: int, high: int) -> bool:
         """Whether a seek to ``high`` would land beyond ``low``; an estimate, which costs time at most."""
-        index = self._video.stream.index_entries
-        if len(index) and self._video.stream.container.format.name in FORMATS_WITH_KEYFRAME_INDEX:
+        # PyAV has it from version 17 on.
+        index = getattr(self._video.stream, "index_entries", None)
+        if index and self._video.stream.container.format.name in FORMATS_WITH_KEYFRAME_INDEX:
             # The index of mp4 and avi is in decoding order: a keyframe is shown some frames after its entry.
             reorder = self._ticks_per_frame * (self._video.stream.codec_context.reorder_depth + 1)
             found = index.search_timestamp(high - reorder)
