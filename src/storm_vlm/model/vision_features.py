@@ -9,8 +9,9 @@ import torch
 from einops import rearrange
 from transformers import PreTrainedModel
 
-# Frames that go through the encoder at once: its activations do not grow with the video.
-VISION_CHUNK_FRAMES = 32
+# Frames that go through the encoder at once, so that its activations do not grow with the video: few keep a CPU's
+# caches warm, more fill a GPU.
+_CHUNK_FRAMES_CPU, _CHUNK_FRAMES_GPU = 8, 32
 
 
 def extract_features(
@@ -40,7 +41,9 @@ def extract_features(
         raise ValueError(
             f"pixel values must be (frames, 3, height, width), got shape {tuple(pixel_values.shape)}"
         )
-    pieces = pixel_values.to(dtype=vision_tower.dtype, device=vision_tower.device).split(VISION_CHUNK_FRAMES)
+    device = vision_tower.device
+    chunk_frames = _CHUNK_FRAMES_CPU if device.type == "cpu" else _CHUNK_FRAMES_GPU
+    pieces = pixel_values.to(dtype=vision_tower.dtype, device=device).split(chunk_frames)
     return torch.cat([_encode(vision_tower, piece, patch_size, feature_layer) for piece in pieces])
 
 
