@@ -51,7 +51,7 @@ class VideoContainer:
             self.close()
             raise VideoError(f"{self.name}: the video stream is empty, expected at least one frame")
         format_name = self.stream.container.format.name
-        is_reordered = format_name in DECODING_TIME_FORMATS and self.stream.codec_context.reorder_depth > 0
+        is_reordered = format_name in DECODING_TIME_FORMATS and self.stream.codec_context.has_b_frames
         self.has_timestamps = first.pts is not None and not is_reordered
         self.can_seek = self.has_timestamps and format_name not in SEQUENTIAL_FORMATS
         self._first_packet = (first.pts, first.dts, first.size)
@@ -198,7 +198,8 @@ def _open_container(source: Source) -> InputContainer:
         source.file.seek(0)
     timeout = (OPEN_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS) if source.url is not None else None
     try:
-        return av.open(target, "r", options=options, timeout=timeout)
+        # Not `options`: up to PyAV 17 those crash on formats that find their streams late (flv).
+        return av.open(target, "r", container_options=options, timeout=timeout)
     except (av.FFmpegError, OSError, UnicodeError) as error:
         raise VideoError(
             f"{source.name}: cannot be opened as a video ({describe(error)}), expected a whole file such as mp4, mkv,"
