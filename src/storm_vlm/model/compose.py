@@ -26,6 +26,7 @@ from storm_vlm.model.image_processing_storm import StormImageProcessor
 from storm_vlm.model.modeling_storm import StormForConditionalGeneration
 from storm_vlm.model.processing_storm import FrameSeparator, StormProcessor
 from storm_vlm.model.temporal_projector import TemporalProjector
+from storm_vlm.model.token_compression import visual_grid
 from storm_vlm.model.video_processing_storm import StormVideoProcessor
 from storm_vlm.model.vision_features import probe_vision_tower
 from storm_vlm.storage import atomic_directory
@@ -110,7 +111,10 @@ def compose(
         raise ModelError(f"{out} already exists: choose another output folder or allow overwriting")
     tower = load_vision_tower(vision, image_size=image_size)
     language_model, tokenizer = load_language_model(llm)
-    model, processor = compose_model(tower, language_model, tokenizer, options or ComposeOptions())
+    try:
+        model, processor = compose_model(tower, language_model, tokenizer, options or ComposeOptions())
+    except ValueError as error:
+        raise ModelError(f"{vision} and {llm}: {_first_line(error)}") from error
     save_model(model, processor, out, overwrite=overwrite)
     return out
 
@@ -139,6 +143,10 @@ def compose_model(
     probe_ids, probe_logits = _probe(language_model)
     channels, patch_size = probe_vision_tower(tower.model, tower.image_size, options.vision_feature_layer)
     config = _model_config(tower, language_model, tokenizer, options, channels, patch_size)
+    rows, columns = (size // patch_size for size in tower.image_size)
+    visual_grid(
+        (1, rows, columns), config.projector_config.downsample, config.compression
+    )  # an error here, early
     model = _assemble(config, tower.model, language_model, options.seed)
     processor = _processor(tower, tokenizer, config, options)
     with torch.no_grad():

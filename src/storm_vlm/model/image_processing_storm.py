@@ -14,6 +14,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from storm_vlm.errors import StormError
 from storm_vlm.model.token_compression import Grid, TokenCompression
 
 
@@ -75,16 +76,14 @@ def check_size(size: SizeDict | dict[str, int], patch_size: int) -> tuple[int, i
         patch_size: Pixels between two patches.
 
     Returns:
-        Rows and columns of patches.
+        Rows and columns of whole patches; pixels beyond them are not seen, as in SigLIP's 27 patches of 14 in 384.
 
     Raises:
-        ValueError: Height or width is missing or not a multiple of the patch size.
+        StormError: Height or width is missing or smaller than a patch.
     """
     height, width = size["height"], size["width"]
     if not height or not width:
-        raise ValueError(f"size must give height and width, got {dict(size)}")
-    if height % patch_size or width % patch_size:
-        raise ValueError(
-            f"size {height}x{width} is not a multiple of the vision encoder's patch size {patch_size}"
-        )
+        raise StormError(f"size must give height and width, got {dict(size)}")
+    if height < patch_size or width < patch_size:
+        raise StormError(f"size {height}x{width} is below the vision encoder's patch size {patch_size}")
     return height // patch_size, width // patch_size

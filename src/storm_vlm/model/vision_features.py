@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from transformers import PreTrainedModel
 
+from storm_vlm.errors import StormError
+
 # Frames that go through the encoder at once, so that its activations do not grow with the video: few keep a CPU's
 # caches warm, more fill a GPU.
 _CHUNK_FRAMES_CPU, _CHUNK_FRAMES_GPU = 8, 32
@@ -34,11 +36,11 @@ def extract_features(
         Features, ``(f, h, w, c)``.
 
     Raises:
-        ValueError: The frames are not ``(f, 3, height, width)``, or what the encoder returns is no grid of
+        StormError: The frames are not ``(f, 3, height, width)``, or what the encoder returns is no grid of
             ``patch_size`` patches.
     """
     if pixel_values.ndim != 4:
-        raise ValueError(
+        raise StormError(
             f"pixel values must be (frames, 3, height, width), got shape {tuple(pixel_values.shape)}"
         )
     device = vision_tower.device
@@ -61,13 +63,13 @@ def probe_vision_tower(
         Channels of the features, and pixels between two patches.
 
     Raises:
-        ValueError: The encoder's patches are not square, or it names no patch size and returns no feature map.
+        StormError: The encoder's patches are not square, or it names no patch size and returns no feature map.
     """
     pixel_values = torch.zeros(1, 3, *image_size, dtype=vision_tower.dtype, device=vision_tower.device)
     patch_size = getattr(vision_tower.config, "patch_size", None)
     if isinstance(patch_size, list | tuple):
         if len(set(patch_size)) != 1:
-            raise ValueError(f"patch_size {tuple(patch_size)}: patches must be square")
+            raise StormError(f"patch_size {tuple(patch_size)}: patches must be square")
         patch_size = patch_size[0]
     with torch.no_grad():
         features = _run_tower(vision_tower, pixel_values, patch_size, feature_layer)
@@ -77,13 +79,13 @@ def probe_vision_tower(
         # Towers without a patch size in their config, such as timm's: a square frame gives a square grid.
         side = int(features.shape[1] ** 0.5)
         patch_size = image_size[0] // side
-    _to_grid(features, image_size, patch_size)
+    _to_grid(features, image_size, patch_size, _most_prefix_tokens(vision_tower))
     return features.shape[-1], patch_size
 
 
 def _measured_patch_size(feature_map: torch.Tensor, image_size: tuple[int, int]) -> int:
     patch_size = round(image_size[0] / feature_map.shape[2])
-    _to_grid(feature_map, image_size, patch_size)
+    _to_grid(feature_map, image_size, patch_size, most_prefix_tokens=0)
     return patch_size
 
 
@@ -91,7 +93,8 @@ def _encode(
     vision_tower: PreTrainedModel, pixel_values: torch.Tensor, patch_size: int, feature_layer: int | None
 ) -> torch.Tensor:
     features = _run_tower(vision_tower, pixel_values, patch_size, feature_layer)
-    return _to_grid(features, (pixel_values.shape[2], pixel_values.shape[3]), patch_size)
+    image_size = (pixel_values.shape[2], pixel_values.shape[3])
+    return _to_grid(features, image_size, patch_size, _most_prefix_tokens(vision_tower))
 
 
 def _run_tower(
@@ -116,8 +119,10 @@ def _run_tower(
 
 def _patchified_inputs(pixel_values: torch.Tensor, patch_size: int) -> dict[str, torch.Tensor]:
     """Returns what SigLIP2's variable-resolution encoder takes: flattened patches, their mask and grid."""
+    height, width = (size - size % patch_size for size in pixel_values.shape[2:])
+    pixel_values = pixel_values[..., :height, :width]
     patches = rearrange(pixel_values, "f c (h a) (w b) -> f (h w) (a b c)", a=patch_size, b=patch_size)
-    grid = torch.tensor([pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size])
+    grid = torch.tensor([height // patch_size, width // patch_size])
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
@@ -125,23 +130,30 @@ def _patchified_inputs(pixel_values: torch.Tensor, patch_size: int) -> dict[str,
     }
 
 
-def _to_grid(features: torch.Tensor, image_size: tuple[int, int], patch_size: int) -> torch.Tensor:
+def _to_grid(
+    features: torch.Tensor, image_size: tuple[int, int], patch_size: int, most_prefix_tokens: int
+) -> torch.Tensor:
     """Lays features out as ``(f, h, w, c)``; class and register tokens, which stand in front, are dropped."""
     height, width = image_size
-    h, w = -(-height // patch_size), -(-width // patch_size)
+    h, w = height // patch_size, width // patch_size
     if features.ndim == 4 and features.shape[2:] == (h, w):
         return rearrange(features, "f c h w -> f h w c")
-    if (
-        features.ndim == 3
-        and height % patch_size == 0
-        and width % patch_size == 0
-        and features.shape[1] >= h * w
-    ):
-        return features[:, features.shape[1] - h * w :].unflatten(1, (h, w))
-    raise ValueError(
+    if features.ndim == 3:
+        num_prefix_tokens = features.shape[1] - h * w
+        if 0 <= num_prefix_tokens <= most_prefix_tokens:
+            return features[:, num_prefix_tokens:].unflatten(1, (h, w))
+    raise StormError(
         f"the vision encoder returned {tuple(features.shape)} for {height}x{width} pixels, which is no grid of "
         f"{h}x{w} patches of {patch_size} pixels: choose a frame size that the patch size divides"
     )
+
+
+def _most_prefix_tokens(vision_tower: PreTrainedModel) -> int:
+    """Returns how many class and register tokens may stand in front of an encoder's patches."""
+    timm_model = getattr(vision_tower, "timm_model", None)
+    if timm_model is not None:
+        return getattr(timm_model, "num_prefix_tokens", 0)
+    return 1 + (getattr(vision_tower.config, "num_register_tokens", None) or 0)
 
 
 def _as_pair(size: int | list[int] | tuple[int, int] | None) -> tuple[int, int] | None:
