@@ -19,7 +19,7 @@ from storm_vlm.ops._arguments import ScanArguments
 
 CHUNK_STEPS = 32
 # State elements that one operation works on: what fits a CPU's cache, and what fills a GPU.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 2**18, 2**24
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**17, 2**24
 
 
 def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
