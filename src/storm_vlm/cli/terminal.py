@@ -1,6 +1,6 @@
 """What the subcommands print with: answers on the output stream, progress and errors on the error stream."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -33,3 +33,10 @@ def spinner(text: str, *, enabled: bool = True) -> Iterator[None]:
         return
     with errors_console.status(text):
         yield
+
+
+def write_pieces(pieces: Iterable[str]) -> None:
+    """Writes text to the output stream as it comes, and ends the line."""
+    for piece in pieces:
+        output_console.print(piece, end="", markup=False, highlight=False)
+    output_console.print()

@@ -106,6 +106,13 @@ class StormVideoProcessor(BaseVideoProcessor):
         """Height and width of the frames that the vision encoder gets, in pixels."""
         return self.size["height"], self.size["width"]
 
+    @property
+    def decode_size(self) -> tuple[int, int] | None:
+        """Size that the reader decodes to: it scales bicubically, other filters need the full frame."""
+        if not self.do_resize or self.resample != PILImageResampling.BICUBIC:
+            return None
+        return self.frame_size
+
     def plan_video(
         self,
         reader: VideoReader,

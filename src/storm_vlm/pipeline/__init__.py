@@ -1,0 +1,16 @@
+"""Questions about videos: load a model once, encode a video once, ask many times."""
+
+from storm_vlm.pipeline.answer import AnswerReport, AnswerStream
+from storm_vlm.pipeline.memory import MemoryEstimate
+from storm_vlm.pipeline.video_qa import Chat, VideoQA
+from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens
+
+__all__ = [
+    "AnswerReport",
+    "AnswerStream",
+    "Chat",
+    "MemoryEstimate",
+    "Provenance",
+    "VideoQA",
+    "VideoTokens",
+]

@@ -1,0 +1,69 @@
+"""Keys and values kept between questions: what two prompts have in common is read once."""
+
+from dataclasses import dataclass, field
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from storm_vlm.pipeline.video_tokens import VideoTokens
+
+
+@dataclass(slots=True)
+class PrefixCache:
+    """The cache of the last prompt and answer, and the tokens it stands for.
+
+    Attributes:
+        text_config: Config of the language model.
+        video_token_id: Placeholder of video tokens, which mean nothing without the video they stand for.
+    """
+
+    text_config: PreTrainedConfig
+    video_token_id: int
+    _token_ids: list[int] = field(default_factory=list)
+    _video: VideoTokens | None = None
+    _cache: DynamicCache | None = None
+
+    def take(self, token_ids: list[int], video: VideoTokens | None) -> tuple[DynamicCache, int]:
+        """Takes the cache for a new prompt, cut back to what the prompt has in common with the last one.
+
+        Args:
+            token_ids: The new prompt.
+            video: The video that its placeholders stand for.
+
+        Returns:
+            A cache, and how many tokens of the prompt it holds: fewer than all, and all of the video or none of it.
+        """
+        cache, length = self._cache, self._common_length(token_ids, video)
+        self._cache = None  # whoever fails while generating leaves nothing behind
+        if cache is None or length == 0 or not _can_be_cut(cache):
+            return DynamicCache(config=self.text_config), 0
+        cache.crop(length)
+        return cache, length
+
+    def keep(self, cache: DynamicCache, sequence: list[int], video: VideoTokens | None) -> None:
+        """Keeps the cache of a prompt and its answer.
+
+        Args:
+            cache: The cache after generation.
+            sequence: Tokens of prompt and answer.
+            video: The video of the prompt.
+        """
+        self._cache, self._video = cache, video
+        self._token_ids = sequence[: cache.get_seq_length()]
+
+    def _common_length(self, token_ids: list[int], video: VideoTokens | None) -> int:
+        pairs = zip(token_ids[:-1], self._token_ids, strict=False)
+        length = next((i for i, (new, old) in enumerate(pairs) if new != old), None)
+        if length is None:
+            length = min(len(token_ids) - 1, len(self._token_ids))
+        if self.video_token_id not in token_ids:
+            return length
+        first = token_ids.index(self.video_token_id)
+        last = len(token_ids) - 1 - token_ids[::-1].index(self.video_token_id)
+        same_video = video is self._video
+        return length if length <= first or (same_video and length > last) else first
+
+
+def _can_be_cut(cache: DynamicCache) -> bool:
+    """Whether every layer keeps all its tokens: sliding windows and recurrent layers forget."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
