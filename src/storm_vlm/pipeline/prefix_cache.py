@@ -37,7 +37,9 @@ class PrefixCache:
         self._cache = None  # whoever fails while generating leaves nothing behind
         if cache is None or length == 0 or not _can_be_cut(cache):
             return DynamicCache(config=self.text_config), 0
-        cache.crop(length)
+        surplus = cache.get_seq_length() - length
+        if surplus > 0:
+            cache.crop(-surplus)
         return cache, length
 
     def keep(self, cache: DynamicCache, sequence: list[int], video: VideoTokens | None) -> None:
