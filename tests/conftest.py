@@ -3,6 +3,9 @@
 import os
 from collections.abc import Iterator
 
+# Before transformers is imported: no test asks a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 

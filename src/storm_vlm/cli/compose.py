@@ -37,7 +37,7 @@ def compose(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compose a STORM model from any vision encoder and any language model."""
-    from storm_vlm.cli.terminal import output_console, spinner
+    from storm_vlm.cli.terminal import hide_library_progress, output_console, spinner
     from storm_vlm.model.compose import ComposeOptions
     from storm_vlm.model.compose import compose as compose_to_folder
 
@@ -58,6 +58,7 @@ def compose(
         seed=seed,
     )
     size = None if image_size is None else (image_size, image_size)
+    hide_library_progress()
     with spinner("composing"):
         folder = compose_to_folder(vision, llm, out, options=options, image_size=size, overwrite=overwrite)
     output_console.print(f"model: {folder}", highlight=False)

@@ -26,9 +26,10 @@ def convert(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Convert an NVILA checkpoint: same outputs at the start, token compression and training from there."""
-    from storm_vlm.cli.terminal import output_console, spinner
+    from storm_vlm.cli.terminal import hide_library_progress, output_console, spinner
     from storm_vlm.model.convert import convert as convert_to_folder
 
+    hide_library_progress()
     with spinner("converting"):
         folder = convert_to_folder(
             source,

@@ -1,6 +1,6 @@
 """What `ask` and `chat` begin with: a loaded model, and a word of warning where one is due."""
 
-from storm_vlm.cli.terminal import errors_console, spinner
+from storm_vlm.cli.terminal import errors_console, hide_library_progress, spinner
 from storm_vlm.pipeline import VideoQA
 
 _GIB = 2**30
@@ -28,11 +28,9 @@ def load_video_qa(
     Returns:
         The pipeline.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from storm_vlm.model.default_model import default_model_path
 
-    disable_progress_bar()
+    hide_library_progress()
 
     with spinner("loading the model", enabled=not quiet):
         return VideoQA.from_pretrained(

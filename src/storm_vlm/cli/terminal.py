@@ -25,6 +25,13 @@ def progress_bars(*, enabled: bool = True) -> Iterator[Callable[[str, int, int],
         yield report
 
 
+def hide_library_progress() -> None:
+    """Switches off the progress bars of transformers: ours say what is under way."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 @contextmanager
 def spinner(text: str, *, enabled: bool = True) -> Iterator[None]:
     """Shows that something is under way while the block runs."""

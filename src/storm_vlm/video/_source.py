@@ -182,7 +182,7 @@ def _resolve_url(url: str, scheme: str, allow_urls: bool) -> Source:
         )
     if not allow_urls:
         raise VideoError(
-            f"{name}: URLs are not opened unless allowed, pass allow_urls=True or download the file"
+            f"{name}: URLs are not opened unless allowed, pass allow_urls=True (--allow-urls) or download the file"
         )
     return Source(name, url=url)
 
