@@ -1,7 +1,8 @@
 """Questions about videos: load a model once, encode a video once, ask many times."""
 
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream
-from storm_vlm.pipeline.memory import MemoryEstimate
+from storm_vlm.pipeline.encoding import Progress
+from storm_vlm.pipeline.memory import MemoryEstimate, estimate_memory
 from storm_vlm.pipeline.video_qa import Chat, VideoQA
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens
 
@@ -10,7 +11,9 @@ __all__ = [
     "AnswerStream",
     "Chat",
     "MemoryEstimate",
+    "Progress",
     "Provenance",
     "VideoQA",
     "VideoTokens",
+    "estimate_memory",
 ]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,9 +23,10 @@ class AnswerReport:
         num_prompt_tokens: Tokens of the whole prompt, visual tokens included.
         num_cached_tokens: Tokens of the prompt whose keys and values were kept from the question before.
         num_new_tokens: Tokens of the answer.
-        seconds: Time for each part: read, vision, projector, compression, prefill, decode.
+        seconds: Time for each part: read, vision, projector, compression if the video was encoded for this answer,
+            then prefill, decode.
         time_to_first_token_seconds: From the question to the first token; encoding not included.
-        is_video_from_cache: Whether the encoded video came from the cache on disk.
+        is_video_from_cache: Whether the video had been encoded before: in this process, by the caller or on disk.
         is_projector_trained: Whether the temporal projector has been trained.
     """
 
@@ -41,7 +42,9 @@ class AnswerReport:
     is_projector_trained: bool = False
 
     @classmethod
-    def of(cls, video: VideoTokens | None, *, is_projector_trained: bool) -> "AnswerReport":
+    def of(
+        cls, video: VideoTokens | None, *, is_encoded_now: bool, is_projector_trained: bool
+    ) -> "AnswerReport":
         """Returns the report of an answer that is about to begin."""
         if video is None:
             return cls(is_projector_trained=is_projector_trained)
@@ -49,7 +52,8 @@ class AnswerReport:
             num_frames=video.num_frames,
             num_visual_tokens=video.num_visual_tokens,
             num_uncompressed_tokens=video.num_uncompressed_tokens,
-            is_video_from_cache=video.is_from_cache,
+            seconds=dict(video.seconds) if is_encoded_now else {},
+            is_video_from_cache=not is_encoded_now,
             is_projector_trained=is_projector_trained,
         )
 
@@ -72,6 +76,19 @@ class AnswerReport:
         return " | ".join([*parts, f"{self.num_new_tokens} new tokens", times])
 
 
+Generate = Callable[[TextIteratorStreamer, "GenerationWatch"], None]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What has become of an answer so far."""
+
+    report: AnswerReport
+    text: str = ""
+    is_finished: bool = False
+    when_finished: Callable[[str], None] | None = None
+
+
 class AnswerStream:
     """An answer in pieces of text; generation begins with the first piece and stops when nobody listens any more.
 
@@ -79,38 +96,43 @@ class AnswerStream:
         generate: Runs the model with a streamer and stopping criteria, on a thread of its own.
         tokenizer: Turns tokens into text.
         report: Filled in while the answer is written.
+        stop: Texts that end the answer; they are not part of it.
     """
 
     def __init__(
         self,
-        generate: Callable[[TextIteratorStreamer, "GenerationWatch"], None],
+        generate: Generate,
         tokenizer: PreTrainedTokenizerBase,
         report: AnswerReport,
+        stop: Sequence[str] = (),
     ) -> None:
-        self._generate = generate
-        self._tokenizer = tokenizer
-        self._report = report
-        self._pieces: Iterator[str] | None = None
-        self._is_finished = False
-        self._when_finished: Callable[[str], None] | None = None
+        # The generator must not know this object: when the last reference here goes, so does the generator, and its
+        # end stops the thread.
+        self._outcome = _Outcome(report)
+        self._pieces = _write(generate, tokenizer, tuple(stop), self._outcome)
 
     def __iter__(self) -> Iterator[str]:
         """Returns the iterator over the pieces of text; there is one answer, and it is written once."""
-        if self._pieces is None:
-            self._pieces = self._stream()
         return self._pieces
-
-    def add_seconds(self, seconds: dict[str, float]) -> None:
-        """Puts time spent before the answer, such as encoding its video, into the report."""
-        self._report.seconds.update(seconds)
 
     def when_finished(self, callback: Callable[[str], None]) -> None:
         """Calls ``callback`` with the whole answer once it is complete."""
-        self._when_finished = callback
+        self._outcome.when_finished = callback
 
     def text(self) -> str:
-        """Returns the rest of the answer in one piece."""
-        return "".join(self).strip()
+        """Returns the whole answer, waiting for what is not written yet.
+
+        Returns:
+            The answer without space around it.
+
+        Raises:
+            RuntimeError: The answer failed or was given up before.
+        """
+        for _ in self._pieces:
+            pass
+        if not self._outcome.is_finished:
+            raise RuntimeError("the answer ended before it was complete: ask again")
+        return self._outcome.text.strip()
 
     @property
     def report(self) -> AnswerReport:
@@ -119,40 +141,11 @@ class AnswerStream:
         Raises:
             RuntimeError: The answer is not finished.
         """
-        if not self._is_finished:
+        if not self._outcome.is_finished:
             raise RuntimeError(
                 "the report is complete when the answer is: iterate over it or call text() first"
             )
-        return self._report
-
-    def _stream(self) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        watch = GenerationWatch()
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self._generate(streamer, watch)
-            except BaseException as error:  # noqa: BLE001 (raised again where the answer is read)
-                failure.append(error)
-            finally:
-                streamer.text_queue.put(streamer.stop_signal)
-
-        thread = threading.Thread(target=work, name="storm-answer", daemon=True)
-        thread.start()
-        answer = ""
-        try:
-            for piece in streamer:
-                answer += piece
-                yield piece
-        finally:
-            watch.stop()
-            thread.join()
-        if failure:
-            raise failure[0]
-        self._is_finished = True
-        if self._when_finished is not None:
-            self._when_finished(answer.strip())
+        return self._outcome.report
 
 
 class GenerationWatch(StoppingCriteria):
@@ -180,3 +173,55 @@ class GenerationWatch(StoppingCriteria):
             self.first_token_seconds = self.last_token_seconds
         self.num_tokens += 1
         return torch.full((input_ids.shape[0],), self._is_stopped.is_set(), device=input_ids.device)
+
+
+def _write(
+    generate: Generate, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], outcome: _Outcome
+) -> Iterator[str]:
+    """Yields the answer while a thread generates it, and ends the thread when the generator is closed."""
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    watch = GenerationWatch()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate(streamer, watch)
+        except BaseException as error:  # noqa: BLE001 (raised again where the answer is read)
+            failure.append(error)
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)
+
+    thread = threading.Thread(target=work, name="storm-answer", daemon=True)
+    thread.start()
+    try:
+        for piece in _until(stop, streamer) if stop else streamer:
+            outcome.text += piece
+            yield piece
+    finally:
+        watch.stop()
+        thread.join()
+    if failure:
+        raise failure[0]
+    outcome.is_finished = True
+    if outcome.when_finished is not None:
+        outcome.when_finished(outcome.text.strip())
+
+
+def _until(stop: tuple[str, ...], pieces: Iterator[str]) -> Iterator[str]:
+    """Yields text up to the first stop text, holding back an end that may be the beginning of one."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [index for index in (held.find(text) for text in stop) if index >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        most = min(len(held), max(map(len, stop)) - 1)
+        kept = next(
+            (size for size in range(most, 0, -1) if any(text.startswith(held[-size:]) for text in stop)), 0
+        )
+        released, held = held[: len(held) - kept], held[len(held) - kept :]
+        if released:
+            yield released
+    if held:
+        yield held

@@ -1,42 +1,35 @@
 """VideoQA: load a model once, encode a video once, ask many times."""
 
-import hashlib
-import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
-from storm_vlm.errors import BudgetError, ModelError, StormError
-from storm_vlm.model import (
-    FramePlan,
-    StormForConditionalGeneration,
-    StormProcessor,
-    TokenCompression,
-    visual_grid,
-)
+from storm_vlm.errors import BudgetError, StormError
+from storm_vlm.model import StormForConditionalGeneration, StormProcessor, TokenCompression, visual_grid
 from storm_vlm.model.image_processing_storm import check_size
-from storm_vlm.model.vision_features import extract_features
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream, GenerationWatch
-from storm_vlm.pipeline.memory import CHUNK_FRAMES, MIX_CHUNK_TOKENS, check_memory
+from storm_vlm.pipeline.encoding import Progress, encode_frames
+from storm_vlm.pipeline.identity import ContentHashes, EncoderFingerprint, cache_key, weights_state
+from storm_vlm.pipeline.loading import load_model
+from storm_vlm.pipeline.memory import available_bytes, check_memory, check_prompt_memory
 from storm_vlm.pipeline.prefix_cache import PrefixCache
+from storm_vlm.pipeline.prompt import Message, answer_message, check_context, prompt_token_ids, text_message
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens, VideoTokensCache
 from storm_vlm.storage import cache_directory
-from storm_vlm.video import VideoReader, content_hash, open_video
+from storm_vlm.video import VideoReader, open_video
 
 logger = logging.getLogger(__name__)
 
 VideoSource = str | Path | bytes
-Progress = Callable[[str, int, int], None]
-Message = dict[str, Any]
 
 
 class VideoQA:
@@ -67,7 +60,8 @@ class VideoQA:
         self._cache = None if cache_folder is None else VideoTokensCache(cache_folder)
         self._prefix = PrefixCache(model.config.text_config, processor.video_token_id)
         self._last_encoded: tuple[str, VideoTokens] | None = None
-        self._fingerprint: tuple[Any, str] | None = None
+        self._fingerprint = EncoderFingerprint(model)
+        self._content_hash = ContentHashes()
         self._lock = threading.Lock()
 
     @classmethod
@@ -92,29 +86,13 @@ class VideoQA:
             max_memory_bytes: Most memory for weights and request; what the device has free if None.
 
         Returns:
-            The pipeline, ready for questions.
-
-        Raises:
-            ModelError: There is no such model, or it is not a STORM model.
+            The pipeline, ready for questions; what cannot be loaded is a ModelError.
         """
-        chosen_device = _device(device)
-        options: dict[str, Any] = {"dtype": _dtype(dtype, chosen_device)}
-        if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
-        try:
-            config = AutoConfig.from_pretrained(path)
-            if config.model_type != "storm":
-                raise ModelError(
-                    f"{path} is a {config.model_type} model, not a STORM model: see `storm compose`"
-                )
-            model = AutoModelForImageTextToText.from_pretrained(path, **options)
-            processor = AutoProcessor.from_pretrained(path)
-        except ModelError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot load the model {path}: {str(error).strip().splitlines()[0]}") from error
+        model, processor = load_model(
+            path, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
         folder = cache_directory() / "video-tokens" if use_cache else None
-        return cls(model.to(chosen_device), processor, cache_folder=folder, max_memory_bytes=max_memory_bytes)
+        return cls(model, processor, cache_folder=folder, max_memory_bytes=max_memory_bytes)
 
     @property
     def is_projector_trained(self) -> bool:
@@ -189,9 +167,8 @@ class VideoQA:
         """
         processor = self.processor.video_processor
         compression = _override(processor.compression, temporal_pool, spatial_pool, temporal_sample)
-        self._visual_grid(
-            (1, *self._patch_grid_hw), compression
-        )  # a bad spatial_pool is an error before any work
+        # A spatial_pool that does not fit is an error before any work.
+        visual_grid((1, *self._patch_grid_hw), self.model.config.projector_config.downsample, compression)
         with open_video(
             video, allow_urls=allow_urls, start_seconds=start_seconds, end_seconds=end_seconds
         ) as reader:
@@ -204,16 +181,15 @@ class VideoQA:
                     f"choose at most {len(targets)}"
                 )
             provenance = self._provenance(video, reader)
-            key = _cache_key(provenance, targets, plan, processor.frame_size)
+            key = cache_key(provenance, targets, plan.compression, processor)
             if (known := self._known(key)) is not None:
                 return known
-            check_memory(
-                self.model, processor.frame_size, plan.num_frames, plan.compression, self.max_memory_bytes
-            )
-            encoded = self._encode(reader, targets, plan, provenance, progress)
-        if self._cache is not None and provenance.content_sha256 is not None:
-            self._cache.put(key, encoded)
-        self._last_encoded = (key, encoded)
+            self._make_room(plan.num_frames, plan.compression)
+            encoded = encode_frames(self.model, processor, reader, targets, plan, provenance, progress)
+        if key is not None:
+            if self._cache is not None:
+                self._cache.put(key, encoded)
+            self._last_encoded = (key, encoded)
         return encoded
 
     def ask(
@@ -225,6 +201,7 @@ class VideoQA:
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        stop: Sequence[str] = (),
         **encode_options: Any,
     ) -> AnswerStream:
         """Asks one question.
@@ -236,21 +213,34 @@ class VideoQA:
             max_new_tokens: Longest answer.
             temperature: 0 for the likeliest answer.
             top_p: Sample among the likeliest tokens that make up this probability.
+            stop: Texts that end the answer; they are not part of it.
             **encode_options: Options of `encode`.
 
         Returns:
             The answer, written while you iterate over it. An empty question is a StormError, a prompt longer than the
-            model's context a BudgetError.
+            model's context or larger than the memory a BudgetError.
+
+        Raises:
+            StormError: Options of encoding are given where there is nothing to encode.
         """
-        seconds: dict[str, float] = {}
+        messages = [text_message(self.processor, "system", system)] if system else []
+        messages.append(text_message(self.processor, "user", question, with_video=video is not None))
+        is_encoded_now = False
         if video is not None and not isinstance(video, VideoTokens):
+            before = self._last_encoded
             video = self.encode(video, **encode_options)
-            seconds = {} if video.is_from_cache else dict(video.seconds)
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append(self._user_message(question, with_video=video is not None))
-        stream = self._answer(messages, video, max_new_tokens, temperature, top_p)
-        stream.add_seconds(seconds)
-        return stream
+            is_encoded_now = not video.is_from_cache and (before is None or before[1] is not video)
+        elif encode_options:
+            raise StormError(f"{', '.join(encode_options)}: there is no video left to encode")
+        return self._answer(
+            messages,
+            video,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop,
+            is_encoded_now=is_encoded_now,
+        )
 
     def chat(self, video: VideoTokens | VideoSource | None, *, system: str | None = None) -> "Chat":
         """Begins a conversation about a video, which is encoded once.
@@ -271,13 +261,10 @@ class VideoQA:
         processor = self.processor.video_processor
         return check_size(processor.size, processor.patch_size)
 
-    def _visual_grid(
-        self, patch_grid: tuple[int, int, int], compression: TokenCompression
-    ) -> tuple[int, int, int]:
-        return visual_grid(patch_grid, self.model.config.projector_config.downsample, compression)
-
-    def _known(self, key: str) -> VideoTokens | None:
+    def _known(self, key: str | None) -> VideoTokens | None:
         """Returns an encoded video from this process or from the disk."""
+        if key is None:
+            return None
         if self._last_encoded is not None and self._last_encoded[0] == key:
             return self._last_encoded[1]
         if self._cache is None or (known := self._cache.get(key, self.model.device)) is None:
@@ -285,149 +272,65 @@ class VideoQA:
         self._last_encoded = (key, known)
         return known
 
-    @torch.inference_mode()
-    def _encode(
-        self,
-        reader: VideoReader,
-        targets: tuple[float, ...],
-        plan: FramePlan,
-        provenance: Provenance,
-        progress: Progress | None,
-    ) -> VideoTokens:
-        """Reads and encodes frames piece by piece, then mixes and compresses all tokens."""
-        stopwatch = _Stopwatch(self.model.device)
-        tokens, times = self._project_frames(reader, targets, stopwatch, progress)
-        with stopwatch.part("projector"):
-            mixed = self.model.temporal_projector.mix([tokens], chunk_size=MIX_CHUNK_TOKENS)[0]
-            del tokens
-        with stopwatch.part("compression"):
-            compressed = self.model.model.compress(mixed, plan.compression).clone()
-        patch_grid = (len(times), *self._patch_grid_hw)
-        return VideoTokens(
-            tokens=compressed,
-            timestamps_seconds=times,
-            patch_grid=patch_grid,
-            num_uncompressed_tokens=math.prod(self._visual_grid(patch_grid, TokenCompression())),
-            compression=plan.compression,
-            provenance=provenance,
-            seconds=stopwatch.seconds,
-        )
-
-    def _project_frames(
-        self,
-        reader: VideoReader,
-        targets: tuple[float, ...],
-        stopwatch: "_Stopwatch",
-        progress: Progress | None,
-    ) -> tuple[torch.Tensor, tuple[float, ...]]:
-        """Returns the projected tokens of all frames and the frames' times; pixels live for one piece only."""
-        config, processor = self.model.config, self.processor.video_processor
-        projector = self.model.temporal_projector
-        tokens: torch.Tensor | None = None
-        times: list[float] = []
-        chunks = reader.iter_chunks(targets, chunk_frames=CHUNK_FRAMES, resize=processor.decode_size)
-        while True:
-            with stopwatch.part("read"):
-                chunk = next(chunks, None)
-                if chunk is None:
-                    break
-                pixels = processor.to_pixel_values(chunk.frames)
-            with stopwatch.part("vision"):
-                features = extract_features(
-                    self.model.vision_tower,
-                    pixels,
-                    patch_size=config.vision_patch_size,
-                    feature_layer=config.vision_feature_layer,
-                )
-            with stopwatch.part("projector"):
-                projected = projector.project(features.to(self.model.model.temporal_projector_device))
-                if tokens is None:
-                    tokens = projected.new_empty(len(targets), *projected.shape[1:])
-                tokens[len(times) : len(times) + len(projected)] = projected
-            times.extend(chunk.timestamps_seconds)
-            if progress is not None:
-                progress("frames", len(times), len(targets))
-        if tokens is None:
-            raise StormError(f"{reader.metadata.source} has no frames")
-        # A file that was cut short has fewer frames than it promised.
-        return tokens[: len(times)], tuple(times)
+    def _make_room(self, num_frames: int, compression: TokenCompression) -> None:
+        """Checks that a video can be encoded and asked about; forgets the last question's keys if they are in the way."""
+        frame_size = self.processor.video_processor.frame_size
+        try:
+            check_memory(self.model, frame_size, num_frames, compression, self.max_memory_bytes)
+        except BudgetError:
+            with self._lock:
+                num_bytes = self._prefix.num_bytes
+                self._prefix.clear()
+            if num_bytes == 0:
+                raise
+            check_memory(self.model, frame_size, num_frames, compression, self.max_memory_bytes)
 
     def _provenance(self, video: VideoSource, reader: VideoReader) -> Provenance:
-        is_remote = isinstance(video, str) and "://" in video and not video.startswith("file://")
         return Provenance(
             source=reader.metadata.source,
-            content_sha256=None if is_remote else content_hash(video),
+            content_sha256=self._content_hash(video),
             duration_seconds=reader.metadata.duration_seconds,
-            model_fingerprint=self._model_fingerprint(),
+            model_fingerprint=self._fingerprint(),
             dtype=str(self.model.dtype).removeprefix("torch."),
             version=version("storm-vlm"),
         )
-
-    def _model_fingerprint(self) -> str:
-        """Returns a hash of every weight that a video's tokens depend on; computed again when a weight changed."""
-        parts = (self.model.vision_tower, self.model.temporal_projector)
-        tensors = [(name, tensor) for part in parts for name, tensor in part.state_dict().items()]
-        state = tuple((tensor.data_ptr(), tensor._version) for _, tensor in tensors)
-        if self._fingerprint is not None and self._fingerprint[0] == state:
-            return self._fingerprint[1]
-        digest = hashlib.sha256(self.model.config.to_json_string().encode())
-        for name, tensor in tensors:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self._fingerprint = (state, digest.hexdigest())
-        return self._fingerprint[1]
-
-    def _user_message(self, text: str, *, with_video: bool) -> Message:
-        if not text.strip():
-            raise StormError("the question is empty")
-        for token in (self.processor.image_token, self.processor.video_token):
-            if token in text:
-                raise StormError(f"the question contains {token}, which stands for a picture: leave it out")
-        content = [{"type": "video"}] if with_video else []
-        return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-
-    def _prompt_ids(self, messages: list[Message], video: VideoTokens | None) -> list[int]:
-        """Returns the tokens of a conversation, with one placeholder for each visual token."""
-        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        if video is not None:
-            text = self.processor.video_text(video.patch_grid, video.compression, video.timestamps_seconds)
-            prompt = prompt.replace(self.processor.video_token, text, 1)
-        tokenizer = self.processor.tokenizer
-        has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
 
     def _answer(
         self,
         messages: list[Message],
         video: VideoTokens | None,
+        *,
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        stop: Sequence[str],
+        is_encoded_now: bool = False,
     ) -> AnswerStream:
         """Returns the answer to the last message."""
-        token_ids = self._prompt_ids(messages, video)
-        room = self.context_length - len(token_ids)
-        if room < 1:
-            num_visual = 0 if video is None else video.num_visual_tokens
-            raise BudgetError(
-                f"the prompt has {len(token_ids)} tokens ({num_visual} of them visual) and the language model takes "
-                f"{self.context_length}: ask a shorter question, or take fewer frames or a token_budget of at most "
-                f"{max(0, self.context_length - (len(token_ids) - num_visual) - max_new_tokens)}"
-            )
-        if room < max_new_tokens:
-            logger.warning("the context leaves room for an answer of %d tokens only", room)
-        report = AnswerReport.of(video, is_projector_trained=self.is_projector_trained)
+        started = time.perf_counter()
+        sampling = _sampling(max_new_tokens, temperature, top_p)
+        self._check_width(video)
+        token_ids = prompt_token_ids(self.processor, messages, video)
+        num_new_tokens = check_context(
+            token_ids, video, self.context_length, max_new_tokens, self.processor.video_token_id
+        )
+        # The keys of the last question are used again or dropped.
+        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
+        check_prompt_memory(self.model, len(token_ids), num_new_tokens, free_bytes)
+        report = AnswerReport.of(
+            video, is_encoded_now=is_encoded_now, is_projector_trained=self.is_projector_trained
+        )
         report.num_prompt_tokens = len(token_ids)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        options = {"max_new_tokens": min(room, max_new_tokens), **sampling}
+        prompt_seconds = time.perf_counter() - started
 
         def generate(streamer: TextIteratorStreamer, watch: GenerationWatch) -> None:
             with self._lock:
-                self._generate(token_ids, video, options, report, streamer, watch)
+                self._generate(
+                    token_ids, video, sampling | {"max_new_tokens": num_new_tokens}, report, streamer, watch
+                )
+                report.time_to_first_token_seconds += prompt_seconds
 
-        return AnswerStream(generate, self.processor.tokenizer, report)
+        return AnswerStream(generate, self.processor.tokenizer, report, stop)
 
     @torch.inference_mode()
     def _generate(
@@ -441,7 +344,8 @@ class VideoQA:
     ) -> None:
         """Writes one answer, reading only what the prompt does not share with the one before."""
         watch.start()
-        cache, num_cached = self._prefix.take(token_ids, video)
+        weights = weights_state(self.model)
+        cache, num_cached = self._prefix.take(token_ids, video, weights)
         input_ids = torch.tensor([token_ids], device=self.model.device)
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         if video is not None and self.processor.video_token_id in token_ids[num_cached:]:
@@ -449,12 +353,25 @@ class VideoQA:
         sequence = self.model.generate(
             **inputs, **options, past_key_values=cache, streamer=streamer, stopping_criteria=[watch]
         )
-        self._prefix.keep(cache, sequence[0].tolist(), video)
+        self._prefix.keep(cache, sequence[0].tolist(), video, weights)
         report.num_cached_tokens = num_cached
         report.num_new_tokens = watch.num_tokens
         report.time_to_first_token_seconds = watch.first_token_seconds - watch.started_seconds
         report.seconds["prefill"] = report.time_to_first_token_seconds
         report.seconds["decode"] = watch.last_token_seconds - watch.first_token_seconds
+
+    def _check_width(self, video: VideoTokens | None) -> None:
+        """Refuses tokens that another model encoded; says so where only the weights are others."""
+        if video is None:
+            return
+        width = self.model.config.projector_config.output_size
+        if video.tokens.shape[-1] != width:
+            raise StormError(
+                f"{video.provenance.source}: its tokens are {video.tokens.shape[-1]} wide and this model takes {width}: "
+                f"encode the video with this model"
+            )
+        if video.provenance.model_fingerprint != self._fingerprint():
+            logger.warning("%s was encoded with other weights than this model's", video.provenance.source)
 
 
 class Chat:
@@ -469,10 +386,16 @@ class Chat:
     def __init__(self, video_qa: VideoQA, video: VideoTokens | None, *, system: str | None = None) -> None:
         self._video_qa = video_qa
         self.video = video
-        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = [text_message(video_qa.processor, "system", system)] if system else []
 
     def ask(
-        self, question: str, *, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
     ) -> AnswerStream:
         """Asks the next question; it joins the history, with its answer, once the answer is complete.
 
@@ -481,68 +404,41 @@ class Chat:
             max_new_tokens: Longest answer.
             temperature: 0 for the likeliest answer.
             top_p: Sample among the likeliest tokens that make up this probability.
+            stop: Texts that end the answer; they are not part of it.
 
         Returns:
             The answer, written while you iterate over it.
         """
         is_first = not any(message["role"] == "user" for message in self.messages)
-        message = self._video_qa._user_message(question, with_video=is_first and self.video is not None)
+        message = text_message(
+            self._video_qa.processor, "user", question, with_video=is_first and self.video is not None
+        )
         stream = self._video_qa._answer(
-            [*self.messages, message], self.video, max_new_tokens, temperature, top_p
+            [*self.messages, message],
+            self.video,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=stop,
         )
         stream.when_finished(lambda answer: self._remember(message, answer))
         return stream
 
     def _remember(self, message: Message, answer: str) -> None:
-        self.messages += [message, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        self.messages += [message, answer_message(self._video_qa.processor, answer)]
 
 
-class _Stopwatch:
-    """Adds up the time of each part; on a GPU, after its work is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.seconds: dict[str, float] = {}
-
-    def part(self, name: str) -> "_Lap":
-        """Returns a context whose time is added to ``name``."""
-        return _Lap(self, name)
-
-    def synchronize(self) -> None:
-        """Waits for the GPU."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-class _Lap:
-    """One stretch of a stopwatch."""
-
-    def __init__(self, stopwatch: _Stopwatch, name: str) -> None:
-        self._stopwatch, self._name = stopwatch, name
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._stopwatch.synchronize()
-        seconds = self._stopwatch.seconds
-        seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._started
-
-
-def _cache_key(
-    provenance: Provenance, targets: tuple[float, ...], plan: FramePlan, frame_size: tuple[int, int]
-) -> str:
-    """Returns a hash of everything that the tokens depend on."""
-    facts = [
-        provenance.content_sha256,
-        provenance.model_fingerprint,
-        provenance.dtype,
-        provenance.version,
-        targets,
-        asdict(plan.compression),
-        frame_size,
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    """Returns the options of generate, after checking them."""
+    if max_new_tokens < 1:
+        raise StormError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise StormError(f"temperature must be 0 or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise StormError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
 def _override(
@@ -553,29 +449,3 @@ def _override(
 ) -> TokenCompression:
     given = {"temporal_pool": temporal_pool, "spatial_pool": spatial_pool, "temporal_sample": temporal_sample}
     return replace(compression, **{name: value for name, value in given.items() if value is not None})
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise StormError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the type to compute in; ``auto`` is bfloat16 on GPUs and on CPUs with instructions for it."""
-    if name == "auto":
-        has_bfloat16 = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise StormError(f"dtype must be auto, {', '.join(known)}, got {name!r}")
-    return known[name]
-
-
-def _cpu_has_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported()

@@ -3,10 +3,13 @@
 Shapes: ``t`` frame groups, ``h`` rows, ``w`` columns of tokens, ``d`` the language model's width.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ _METADATA_KEY = "storm_video_tokens"
 _FORMAT_VERSION = 1
 CACHE_SIZE_VARIABLE = "STORM_CACHE_MAX_BYTES"
 _DEFAULT_CACHE_BYTES = 2 * 2**30
+# A file that is being written is no older than this; what is older was left by a process that was killed.
+_WRITING_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +103,9 @@ class VideoTokens:
         """Writes the tokens as safetensors with their history in the header; a crash leaves no half a file."""
         header = {
             "format": _FORMAT_VERSION,
+            "tokens_sha256": _sha256(self.tokens),
             "timestamps_seconds": self.timestamps_seconds,
             "patch_grid": self.patch_grid,
-            "num_uncompressed_tokens": self.num_uncompressed_tokens,
             "compression": asdict(self.compression),
             "provenance": asdict(self.provenance),
             "seconds": self.seconds,
@@ -134,15 +139,23 @@ class VideoTokens:
     def _from_header(cls, tokens: torch.Tensor, header: dict[str, Any]) -> "VideoTokens":
         if header["format"] != _FORMAT_VERSION:
             raise ValueError(f"format {header['format']}, expected {_FORMAT_VERSION}")
+        if header["tokens_sha256"] != _sha256(tokens):
+            raise ValueError("the tokens are not those that were written")
         frames, rows, columns = header["patch_grid"]
         compression = TokenCompression(**header["compression"])
-        if tokens.ndim != 4 or not torch.isfinite(tokens).all():
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not finite (t, h, w, d)")
+        t, h, w, _ = tokens.shape
+        block = compression.spatial_block
+        if not torch.isfinite(tokens).all():
+            raise ValueError("the tokens are not finite")
+        if compression.grid((frames, h * block, w * block)) != (t, h, w):
+            raise ValueError(f"{t} groups of tokens are not what {compression} leaves of {frames} frames")
+        if len(header["timestamps_seconds"]) != frames:
+            raise ValueError(f"{len(header['timestamps_seconds'])} timestamps for {frames} frames")
         return cls(
             tokens=tokens,
             timestamps_seconds=tuple(header["timestamps_seconds"]),
             patch_grid=(frames, rows, columns),
-            num_uncompressed_tokens=header["num_uncompressed_tokens"],
+            num_uncompressed_tokens=frames * h * w * compression.spatial_pool,
             compression=compression,
             provenance=Provenance(**header["provenance"]),
             seconds=header["seconds"],
@@ -159,9 +172,7 @@ class VideoTokensCache:
 
     def __init__(self, folder: Path, max_bytes: int | None = None) -> None:
         self.folder = folder
-        if max_bytes is None:
-            max_bytes = int(os.environ.get(CACHE_SIZE_VARIABLE, _DEFAULT_CACHE_BYTES))
-        self.max_bytes = max_bytes
+        self.max_bytes = _cache_bytes() if max_bytes is None else max_bytes
 
     def get(self, key: str, device: torch.device) -> VideoTokens | None:
         """Returns the entry, or None; a damaged entry is logged and forgotten."""
@@ -172,27 +183,64 @@ class VideoTokensCache:
             tokens = VideoTokens.load(path, device)
         except StormError as error:
             logger.warning("encoded again, because the cache is damaged: %s", error)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
-        os.utime(path)
+        # The folder may be read-only, or another process has just dropped the entry.
+        with suppress(OSError):
+            os.utime(path)
         return replace(tokens, is_from_cache=True)
 
     def put(self, key: str, tokens: VideoTokens) -> None:
         """Stores an entry and makes room for it; a full disk is logged, the tokens are good all the same."""
+        num_bytes = tokens.tokens.numel() * tokens.tokens.element_size()
+        if num_bytes > self.max_bytes:
+            logger.info(
+                "not cached: %d bytes of tokens, %s=%d", num_bytes, CACHE_SIZE_VARIABLE, self.max_bytes
+            )
+            return
         try:
             tokens.save(self._path(key))
             self._trim()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             logger.warning("the encoded video was not cached: %s", error)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
     def _trim(self) -> None:
-        entries = [(path.stat(), path) for path in self.folder.glob("*.safetensors")]
-        total = sum(stat.st_size for stat, _ in entries)
-        for stat, path in sorted(entries, key=lambda entry: entry[0].st_mtime):
+        """Drops what was used longest ago until the rest fits, and what killed processes left."""
+        entries = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(OSError):  # another process may have dropped it
+                stat = path.stat()
+                is_unfinished = path.name.startswith(".")
+                if is_unfinished and time.time() - stat.st_mtime > _WRITING_SECONDS:
+                    path.unlink()
+                elif not is_unfinished:
+                    entries.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
             if total <= self.max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= stat.st_size
+            with suppress(OSError):
+                path.unlink()
+            total -= size
+
+
+def _cache_bytes() -> int:
+    given = os.environ.get(CACHE_SIZE_VARIABLE)
+    if given is None:
+        return _DEFAULT_CACHE_BYTES
+    if not given.isdecimal():
+        raise StormError(f"{CACHE_SIZE_VARIABLE} must be a number of bytes, got {given!r}")
+    return int(given)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Returns the bytes of a tensor of any dtype, as they lie in memory."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()

@@ -1,0 +1,76 @@
+"""Loads a STORM model to where it computes, in the type that computes there."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from storm_vlm.errors import ModelError, StormError
+from storm_vlm.model import StormForConditionalGeneration, StormProcessor
+
+
+def load_model(
+    path: str | Path, *, device: str = "auto", dtype: str = "auto", attn_implementation: str | None = None
+) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    """Loads a STORM model and its processor.
+
+    Args:
+        path: Folder or hub id.
+        device: ``auto`` for the GPU if there is one, or a device of PyTorch.
+        dtype: ``auto`` for bfloat16 where the device computes in it and float32 elsewhere, or its name.
+        attn_implementation: Attention of the backbones; transformers' choice if None.
+
+    Returns:
+        The model on its device and the processor.
+
+    Raises:
+        ModelError: There is no such model, it is not a STORM model, or weights are missing.
+    """
+    chosen_device = _device(device)
+    options: dict[str, Any] = {"dtype": _dtype(dtype, chosen_device)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "storm":
+            raise ModelError(f"{path} is a {config.model_type} model, not a STORM model: see `storm compose`")
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path, output_loading_info=True, **options
+        )
+        processor = AutoProcessor.from_pretrained(path)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load the model {path}: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    return model.to(chosen_device), processor
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise StormError(f"device {name!r} is not available here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the type to compute in; ``auto`` is bfloat16 on GPUs and on CPUs with instructions for it."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise StormError(f"dtype must be auto, {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _cpu_has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
