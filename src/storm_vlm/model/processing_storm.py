@@ -1,5 +1,6 @@
 """Processor: text, images and videos to the inputs of a STORM model."""
 
+import functools
 import logging
 import math
 import os
@@ -29,7 +30,8 @@ class StormProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-
 
     images_kwargs: StormImagesKwargs
     videos_kwargs: StormVideosKwargs
-    _defaults = {"text_kwargs": {"padding": False}}
+    # Padding on the left, so that a batch can generate; training takes either side.
+    _defaults = {"text_kwargs": {"padding": False, "padding_side": "left"}}
 
 
 class StormProcessor(ProcessorMixin):
@@ -140,7 +142,7 @@ class StormProcessor(ProcessorMixin):
         group = self.video_token * (rows * columns)
         separator = self.frame_separator
         if separator == "timestamp" and timestamps_seconds is None:
-            logger.warning("a video without a known frame rate: its frame groups are separated by newlines")
+            _warn_of_unknown_times()
             separator = "newline"
         if separator == "timestamp" and timestamps_seconds is not None:
             # A group bears the time of its first frame.
@@ -177,6 +179,13 @@ class StormProcessor(ProcessorMixin):
         compression = TokenCompression(*(options.get(name) or int(getattr(part, name, 1)) for name in names))
         rows, columns = check_size(options.get("size") or part.size, part.patch_size)
         return visual_grid((num_frames, rows, columns), part.downsample, compression)
+
+
+@functools.cache
+def _warn_of_unknown_times() -> None:
+    logger.warning(
+        "a video without a known frame rate: its frame groups are separated by newlines, not by times"
+    )
 
 
 def _placeholder_id(tokenizer: Any, token: str) -> int:
