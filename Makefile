@@ -5,8 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/demo
-	$(BIN)/storm setup-demo
-	$(BIN)/storm ask "$$($(BIN)/storm setup-demo 2>/dev/null | sed -n 's/^clip:  //p' | head -n 1)" "What happens in this video?"
+	clip=$$($(BIN)/storm setup-demo | tee /dev/stderr | sed -n 's/^clip:  //p' | tail -n 1) && \
+	$(BIN)/storm ask "$$clip" "What happens in this video?" --max-new-tokens 48
 
 test: .venv/dev lint
 	$(BIN)/storm setup-demo
