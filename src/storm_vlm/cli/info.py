@@ -31,7 +31,12 @@ def info(
     for title, rows in sections.items():
         table = Table(title=title, show_header=False, title_justify="left")
         for name, value in rows.items():
-            table.add_row(name.replace("_", " "), str(value))
+            text = (
+                ", ".join(f"{key}={item}" for key, item in value.items())
+                if isinstance(value, dict)
+                else str(value)
+            )
+            table.add_row(name.replace("_", " "), text)
         output_console.print(table)
 
 
@@ -60,9 +65,9 @@ def _environment() -> dict[str, Any]:
         else f"cpu, {torch.get_num_threads()} threads",
         "scan_backend": f"{choice.name} ({choice.reason})",
         "scan_backends_here": ", ".join(available_backends()),
-        "cache": cache_directory(),
         "default_model": f"{DEFAULT_MODEL_NAME} ({'ready' if parts_found else 'run storm setup-demo'})",
-    } | {"cache": str(cache_directory())}
+        "cache": str(cache_directory()),
+    }
 
 
 def _video(source: str) -> dict[str, Any]:
@@ -74,6 +79,8 @@ def _video(source: str) -> dict[str, Any]:
 
 
 def _model(path: str) -> dict[str, Any]:
+    from storm_vlm.cli.terminal import hide_library_progress
     from storm_vlm.pipeline import VideoQA
 
+    hide_library_progress()
     return VideoQA.from_pretrained(path).describe()
