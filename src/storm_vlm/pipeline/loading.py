@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from storm_vlm.errors import ModelError, StormError
 from storm_vlm.model import StormForConditionalGeneration, StormProcessor
+
+# What reading configs, weights and tokenizers raises when they are missing, damaged or do not fit each other.
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 def load_model(
@@ -42,9 +48,8 @@ def load_model(
         processor = AutoProcessor.from_pretrained(path)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load the model {path}: {reason}") from error
+    except _LOADING_ERRORS as error:
+        raise ModelError(f"cannot load the model {path}: {_one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}")
     return model.to(chosen_device), processor
@@ -74,3 +79,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

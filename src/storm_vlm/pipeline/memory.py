@@ -136,8 +136,8 @@ def check_memory(
         f" with temporal_pool={compression.temporal_pool}, spatial_pool={compression.spatial_pool}, "
         f"temporal_sample={sample}"
     )
-    sparser = next((s for s in range(sample + 1, num_frames + 1) if fits(num_frames, s)), None)
-    if sparser is not None:
+    sparser = 1 + _largest(num_frames + 1, lambda sample: not fits(num_frames, sample))
+    if sparser <= num_frames:
         advice += f", and all {num_frames} with temporal_sample={sparser}"
     needed = estimate_memory(model, frame_size, num_frames, compression).peak_bytes
     raise BudgetError(
@@ -212,7 +212,7 @@ def _answer_bytes(
 
 
 def _largest(upper: int, fits: Callable[[int], bool]) -> int:
-    """Returns the largest number below ``upper`` that fits, 0 if none does; what fits must not grow back."""
+    """Returns the largest number from 1 to below ``upper`` that fits, 0 if none does; all smaller ones must fit too."""
     low, high = 0, upper
     while high - low > 1:
         middle = (low + high) // 2
