@@ -268,6 +268,9 @@ def _assemble(
     model.model.temporal_projector = new_temporal_projector(config.projector_config, model, seed).to(dtype)
     model.tie_weights()
     model.generation_config = language_model.generation_config
+    # Placeholders are read and never written.
+    suppressed = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = [*suppressed, config.image_token_id, config.video_token_id]
     return model.eval()
 
 

@@ -234,8 +234,9 @@ class StormModel(StormPreTrainedModel):
         )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        is_prompt = _is_prompt(input_ids, past_key_values)
         for modality, features in (("image", image_features), ("video", video_features)):
-            if features is not None:
+            if features is not None or is_prompt:
                 inputs_embeds = self._fill_placeholders(modality, input_ids, inputs_embeds, features)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -319,19 +320,21 @@ class StormModel(StormPreTrainedModel):
         modality: str,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        features: torch.Tensor,
+        features: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Replaces the embeddings of the placeholders of ``modality`` by visual tokens."""
+        """Replaces the embeddings of the placeholders of ``modality`` by visual tokens; None has no tokens."""
         mask = self._placeholder_mask(modality, input_ids, inputs_embeds)
-        num_placeholders = int(mask.sum())
-        if num_placeholders != features.shape[0]:
+        num_placeholders, num_features = int(mask.sum()), 0 if features is None else features.shape[0]
+        if num_placeholders != num_features:
             hint = ""
-            if self.training:
+            if self.training and features is not None:
                 hint = " (temporal_sample applies in evaluation only: process training samples with temporal_sample=1)"
             raise ValueError(
-                f"{num_placeholders} {modality} placeholders in the text but {features.shape[0]} {modality} "
+                f"{num_placeholders} {modality} placeholders in the text but {num_features} {modality} "
                 f"tokens from the temporal projector{hint}"
             )
+        if features is None:
+            return inputs_embeds
         features = features.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)
 
@@ -391,15 +394,21 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         """Replaces the language model's head."""
         self.lm_head = new_embeddings  # type: ignore[assignment]  # whatever the language model uses
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_compression: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """See `StormModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_compression, **kwargs)
 
     def get_video_features(
-        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **kwargs: Any
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.Tensor,
+        video_compression: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See `StormModel.get_video_features`."""
-        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, video_compression, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -480,16 +489,24 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Returns the inputs of the next step; pictures are given with the prompt only."""
+        if inputs_embeds is None and next_sequence_length == input_ids.shape[1]:
+            # Nothing is cached: an assistant model reads the prompt, which transformers calls no first iteration.
+            is_first_iteration = True
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in _VISUAL_INPUTS:
                 kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
     def _expand_inputs_for_generation(
@@ -537,6 +554,13 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
                     [sample.repeat(expand_size, 1) for sample in features.split(per_sample)]
                 )
         return expanded
+
+
+def _is_prompt(input_ids: torch.Tensor | None, past_key_values: Cache | None) -> bool:
+    """Returns whether these are the first tokens of a text; a step of generation, one token, is told without a sync."""
+    if input_ids is None or input_ids.shape[1] == 1:
+        return False
+    return past_key_values is None or int(past_key_values.get_seq_length()) == 0
 
 
 def _input_embedding_name(model: StormModel) -> str:
