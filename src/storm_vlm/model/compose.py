@@ -140,13 +140,12 @@ def compose_model(
         ModelError: The language model does more after its last layer than STORM's head does.
     """
     _add_placeholders(language_model, tokenizer)
-    probe_ids, probe_logits = _probe(language_model)
+    probe_ids, probe_logits = _probe(language_model, tokenizer)
     channels, patch_size = probe_vision_tower(tower.model, tower.image_size, options.vision_feature_layer)
     config = _model_config(tower, language_model, tokenizer, options, channels, patch_size)
     rows, columns = (size // patch_size for size in tower.image_size)
-    visual_grid(
-        (1, rows, columns), config.projector_config.downsample, config.compression
-    )  # an error here, early
+    # A spatial_pool that does not fit is an error here and not at the first video.
+    visual_grid((1, rows, columns), config.projector_config.downsample, config.compression)
     model = _assemble(config, tower.model, language_model, options.seed)
     processor = _processor(tower, tokenizer, config, options)
     with torch.no_grad():
@@ -316,11 +315,15 @@ def _processor(
     )
 
 
-def _probe(language_model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns some token ids and the language model's own scores for them."""
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = language_model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocab_size, (1, _PROBE_TOKENS), generator=generator).to(language_model.device)
+def _probe(
+    language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids of some tokens, none of them a placeholder, and the language model's own scores for them."""
+    text_ids = torch.arange(language_model.get_input_embeddings().weight.shape[0])
+    for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+        text_ids = text_ids[text_ids != tokenizer.convert_tokens_to_ids(token)]
+    chosen = torch.randint(len(text_ids), (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = text_ids[chosen].to(language_model.device)
     with torch.no_grad():
         return ids, language_model(input_ids=ids).logits
 
