@@ -28,9 +28,7 @@ def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
         delta = delta + arguments.delta_bias.to(dtype)[:, None]
     if arguments.delta_softplus:
         delta = functional.softplus(delta)
-    B, C = (
-        _per_channel(weights.to(dtype), u.shape) for weights in (arguments.B, arguments.C)
-    )  # (b, d, n, l)
+    B, C = (_of_steps(weights.to(dtype), u.shape) for weights in (arguments.B, arguments.C))
 
     state = u.new_zeros(*u.shape[:2], A.shape[1])
     if arguments.initial_state is not None:
@@ -38,10 +36,8 @@ def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
     outputs: list[torch.Tensor] = [state] * u.shape[2]
     steps = range(u.shape[2])
     for t in reversed(steps) if arguments.reverse else steps:
-        state = (
-            torch.exp(delta[..., t, None] * A) * state + (delta[..., t] * u[..., t])[..., None] * B[..., t]
-        )
-        outputs[t] = (state * C[..., t]).sum(dim=-1)
+        state = torch.exp(delta[..., t, None] * A) * state + (delta[..., t] * u[..., t])[..., None] * B[t]
+        outputs[t] = (state * C[t]).sum(dim=-1)
     y = torch.stack(outputs, dim=-1)
 
     if arguments.D is not None:
@@ -51,10 +47,10 @@ def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
     return y.to(arguments.u.dtype), state
 
 
-def _per_channel(weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Views B or C as one vector for each sample, channel and step: ``(b, d, n, l)``."""
-    b, d, length = shape
+def _of_steps(weights: torch.Tensor, shape: torch.Size) -> list[torch.Tensor]:
+    """Returns B or C of each step as one vector for each channel: ``(b, d, n)``, or ``(d, n)`` when constant."""
+    _, d, length = shape
     if weights.ndim == 2:
-        return weights[None, :, :, None].expand(b, -1, -1, length)
+        return [weights] * length
     grouped = weights[:, None] if weights.ndim == 3 else weights  # (b, g, n, l)
-    return grouped.repeat_interleave(d // grouped.shape[1], dim=1)
+    return [step.repeat_interleave(d // step.shape[1], dim=1) for step in grouped.unbind(dim=-1)]
