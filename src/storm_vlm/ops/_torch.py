@@ -25,10 +25,13 @@ def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Output ``(b, d, l)`` in the dtype of ``u``, and the last state ``(b, d, n)`` in the dtype computed in.
     """
-    return _SelectiveScan.apply(
+    tensors = (
         arguments.u, arguments.delta, arguments.A, arguments.B, arguments.C, arguments.D, arguments.z,
-        arguments.delta_bias, arguments.initial_state, arguments.delta_softplus, arguments.reverse,
+        arguments.delta_bias, arguments.initial_state,
     )  # fmt: skip
+    # Inside an autograd Function gradients are off, so whether a backward pass can follow is asked here.
+    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _SelectiveScan.apply(*tensors, arguments.delta_softplus, arguments.reverse, keep_states)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -48,19 +51,22 @@ class _SelectiveScan(torch.autograd.Function):
         initial_state: torch.Tensor | None,
         delta_softplus: bool,
         reverse: bool,
+        keep_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the output and the last state, and keeps the first state of each segment."""
+        """Computes the output and the last state, and for training keeps the first state of each segment."""
         problem = Problem.of(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
         with torch.autocast(u.device.type, enabled=False):
             state = problem.first_state(initial_state)
             out = torch.empty_like(u, memory_format=torch.contiguous_format)
-            first_states = []
-            for start, end in problem.segments():
-                first_states.append(state)
+            spans = problem.segments()
+            first_states = state.new_empty(len(spans) if keep_states else 0, *state.shape)
+            for i, (start, end) in enumerate(spans):
+                if keep_states:
+                    first_states[i] = state
                 segment = Segment.load(problem, start, end)
                 y, state = segment.outputs(state)
                 out[..., start:end] = segment.gate(y)
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, torch.stack(first_states))
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, first_states)
         ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
         ctx.has_initial_state = initial_state is not None
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
@@ -76,9 +82,9 @@ class _SelectiveScan(torch.autograd.Function):
         gradients = Gradients.zeros(problem)
         with torch.autocast(grad_out.device.type, enabled=False):
             adjoint = grad_last_state.to(problem.dtype).unflatten(1, problem.channels)
-            spans = list(problem.segments())
-            for (start, end), first_state in zip(reversed(spans), first_states.flip(0), strict=True):
+            checkpoints = list(zip(problem.segments(), first_states, strict=True))
+            for (start, end), first_state in reversed(checkpoints):
                 segment = Segment.load(problem, start, end)
                 adjoint = segment.add_gradients(gradients, grad_out[..., start:end], first_state, adjoint)
         grad_initial = adjoint.flatten(1, 2).to(ctx.initial_dtype) if ctx.has_initial_state else None
-        return (*gradients.in_dtypes_of(tensors), grad_initial, None, None)
+        return (*gradients.in_dtypes_of(tensors), grad_initial, None, None, None)
