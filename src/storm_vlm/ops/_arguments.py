@@ -39,6 +39,7 @@ class ScanArguments:
             "initial_state": (b, d, n),
         }
         _check_floating(self.A, "A")
+        self._check_device(self.A, "A")
         for name, shape in expected.items():
             self._check(name, shape)
         for name in ("B", "C"):
