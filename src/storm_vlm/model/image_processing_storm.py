@@ -61,7 +61,12 @@ class StormImageProcessor(PilBackend):
     def _preprocess(
         self, images: list[np.ndarray], return_tensors: str | None, spatial_pool: int, **kwargs: Any
     ) -> BatchFeature:
+        if not all(np.isfinite(image).all() for image in images):
+            raise StormError("an image has NaN or infinite pixels")
         features = super()._preprocess(images, return_tensors=None, **kwargs)
+        patch_size = kwargs.get("patch_size") or self.patch_size
+        for pixels in features["pixel_values"]:
+            check_size({"height": pixels.shape[-2], "width": pixels.shape[-1]}, patch_size)
         compression = TokenCompression(spatial_pool=spatial_pool)
         row = [compression.temporal_pool, compression.spatial_pool, compression.temporal_sample]
         features["image_compression"] = torch.tensor([row] * len(images), dtype=torch.long)

@@ -7,7 +7,7 @@ import os
 from typing import Any, Literal
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.processing_utils import AudioKwargs, MultiModalData, ProcessingKwargs, TextKwargs
 
 from storm_vlm.model.image_processing_storm import StormImageProcessor, StormImagesKwargs, check_size
 from storm_vlm.model.token_compression import TokenCompression, visual_grid
@@ -32,6 +32,11 @@ class StormProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-
     videos_kwargs: StormVideosKwargs
     # Padding on the left, so that a batch can generate; training takes either side.
     _defaults = {"text_kwargs": {"padding": False, "padding_side": "left"}}
+
+
+_OPTION_NAMES = {"common_kwargs", *ProcessingKwargs.__annotations__}.union(
+    *(group.__annotations__ for group in (TextKwargs, AudioKwargs, StormImagesKwargs, StormVideosKwargs))
+)
 
 
 class StormProcessor(ProcessorMixin):
@@ -73,6 +78,29 @@ class StormProcessor(ProcessorMixin):
         self.image_token_id = _placeholder_id(tokenizer, image_token)
         self.video_token_id = _placeholder_id(tokenizer, video_token)
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
+
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Turns texts with placeholders, and the pictures and videos that they stand for, into model inputs.
+
+        Args:
+            images: One or several pictures, or a list of them for each text.
+            text: One or several texts.
+            videos: One or several videos, or a list of them for each text; see `StormVideoProcessor.preprocess`.
+            audio: None; no STORM model listens.
+            **kwargs: Options of the tokenizer, the image processor and the video processor.
+
+        Returns:
+            The model's inputs.
+
+        Raises:
+            TypeError: An option is unknown.
+        """
+        unknown = kwargs.keys() - _OPTION_NAMES
+        if unknown:
+            raise TypeError(f"unknown processor options: {', '.join(sorted(unknown))}")
+        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     @property
     def unused_input_names(self) -> list[str]:

@@ -13,7 +13,12 @@ import torch
 from PIL import Image
 from torch.nn import functional
 from transformers import BatchFeature
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_videos
@@ -121,6 +126,7 @@ class StormVideoProcessor(BaseVideoProcessor):
         fps: float | None = None,
         token_budget: int | None = None,
         compression: TokenCompression | None = None,
+        size: SizeDict | None = None,
     ) -> tuple[tuple[float, ...], FramePlan]:
         """Chooses the frames of a video file and the compression of its tokens.
 
@@ -130,20 +136,21 @@ class StormVideoProcessor(BaseVideoProcessor):
             fps: Frames per second asked for.
             token_budget: Most visual tokens for the video.
             compression: Compression asked for; the processor's default if None.
+            size: Height and width of the frames in pixels; the processor's default if None.
 
         Returns:
             Times to read frames at, in seconds, and the plan; a budget that not even one frame fits is a BudgetError.
         """
-        compression = compression or self.compression
+        compression, size = compression or self.compression, size or self.size
         if num_frames is None and fps is None and token_budget is None:
             num_frames = self.num_frames
         if fps is not None or num_frames is not None:
             targets = reader.plan(num_frames=num_frames, fps=fps)
-            return targets, self._plan(len(targets), len(targets), token_budget, compression)
+            return targets, self._plan(len(targets), len(targets), token_budget, compression, size)
         # A budget alone: no plan holds more frames than the budget has tokens times the frames of a group.
         most_frames = max(1, token_budget or 1) * compression.frames_per_group
         available = len(reader.plan(num_frames=most_frames))
-        plan = self._plan(available, None, token_budget, compression)
+        plan = self._plan(available, None, token_budget, compression, size)
         return reader.plan(num_frames=plan.num_frames), plan
 
     def to_pixel_values(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -180,7 +187,7 @@ class StormVideoProcessor(BaseVideoProcessor):
         asked = {name: value for name, value in kwargs.items() if value is not None}
         settings = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__} | asked
         settings = self._standardize_kwargs(**settings)
-        videos = make_batched_videos(videos)
+        videos = make_batched_videos(_pictures_to_arrays(videos))
         metadata = _batched_metadata(asked.get("video_metadata"), len(videos))
         sampled = [
             self._sample(video, given, asked, settings) for video, given in zip(videos, metadata, strict=True)
@@ -197,7 +204,7 @@ class StormVideoProcessor(BaseVideoProcessor):
         if isinstance(video, str | os.PathLike):
             return self._sample_file(video, asked, settings, compression)
         if isinstance(video, list):
-            video = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in video])
+            video = _stack_frames(video)
         return self._sample_array(video, metadata, asked, settings, compression)
 
     def _sample_file(
@@ -219,6 +226,7 @@ class StormVideoProcessor(BaseVideoProcessor):
                 fps=asked.get("fps"),
                 token_budget=settings["token_budget"],
                 compression=compression,
+                size=settings["size"],
             )
             chunks = list(reader.iter_chunks(targets, resize=_reader_size(settings)))
             pixels = torch.cat([_normalise(_channels_first(chunk.frames), settings) for chunk in chunks])
@@ -248,7 +256,12 @@ class StormVideoProcessor(BaseVideoProcessor):
             raise ValueError("a video must have at least one frame, got 0")
         metadata = metadata or VideoMetadata(total_num_frames=frames.shape[0])
         num_frames, fps = _frames_of_array(frames.shape[0], metadata, asked, self.num_frames)
-        plan = self._plan(frames.shape[0], num_frames, settings["token_budget"], compression)
+        size = (
+            settings["size"]
+            if settings["do_resize"]
+            else {"height": frames.shape[2], "width": frames.shape[3]}
+        )
+        plan = self._plan(frames.shape[0], num_frames, settings["token_budget"], compression, size)
         if fps is None and num_frames is None and settings["token_budget"] is None:
             indices = list(range(frames.shape[0]))
         else:
@@ -261,12 +274,17 @@ class StormVideoProcessor(BaseVideoProcessor):
         return _SampledVideo(_normalise(frames[indices], settings), times, plan.compression, metadata)
 
     def _plan(
-        self, available: int, num_frames: int | None, token_budget: int | None, compression: TokenCompression
+        self,
+        available: int,
+        num_frames: int | None,
+        token_budget: int | None,
+        compression: TokenCompression,
+        size: SizeDict | dict[str, int],
     ) -> FramePlan:
         if num_frames is None and token_budget is None:
             num_frames = available
         return plan_frames(
-            check_size(self.size, self.patch_size),
+            check_size(size, self.patch_size),
             self.downsample,
             compression,
             available_frames=available,
@@ -322,6 +340,27 @@ def _frames_of_array(
     elif num_frames is None and asked.get("do_sample_frames") and asked.get("token_budget") is None:
         num_frames = default_num_frames
     return (None if num_frames is None else min(num_frames, total)), fps
+
+
+def _pictures_to_arrays(videos: Any) -> Any:
+    """Returns videos with every Pillow picture, of whatever mode, as an RGB array."""
+    if isinstance(videos, Image.Image):
+        return np.asarray(videos.convert("RGB"))
+    if isinstance(videos, list | tuple):
+        return [_pictures_to_arrays(video) for video in videos]
+    return videos
+
+
+def _stack_frames(frames: list[Any]) -> np.ndarray:
+    """Returns frames given as arrays or paths of pictures as one array ``(t, h, w, 3)``."""
+    arrays = [
+        np.asarray(Image.open(frame).convert("RGB") if isinstance(frame, str | os.PathLike) else frame)
+        for frame in frames
+    ]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) != 1:
+        raise ValueError(f"the frames of a video must have one size, got {sorted(shapes)}")
+    return np.stack(arrays)
 
 
 def _reader_size(settings: dict[str, Any]) -> tuple[int, int] | None:
