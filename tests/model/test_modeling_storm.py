@@ -209,7 +209,7 @@ def test_sampling_frames_in_training_is_explained():
     assert torch.isfinite(model(**inputs).logits).all()
     model.train()
     with pytest.raises(
-        ValueError, match="8 video placeholders .* 16 video tokens .*process training samples with"
+        ValueError, match=r"8 video placeholders .* 16 video tokens .*process training samples with"
     ):
         model(**inputs)
     inputs = encode(processor, [ask(make_video(4), "what?")], temporal_sample=1)
