@@ -104,6 +104,14 @@ def test_forms_of_the_input_and_output_weights(backend, groups, constant):
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("groups", [(2, None), (None, 3), (6, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_input_and_output_weights_in_different_groups(backend, groups, reverse):
+    inputs, other = (make_inputs(70, groups=number) for number in groups)
+    check_against_definition(inputs | {"C": other["C"]}, backend=backend, reverse=reverse)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_many_channels(backend):
     """The number is no multiple of anything that a backend may cut channels into."""
     check_against_definition(make_inputs(70, b=1, d=1201, n=8), backend=backend)

@@ -4,6 +4,7 @@ Shapes: ``b`` batch, ``n`` state size; ``d = g e`` channels in ``g`` groups of `
 chunk, ``m`` chunks of the segment. Segment tensors are ``(s, b, m, g, e)``, states ``(b, m, g, e, n)``.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Problem:
     ) -> "Problem":
         """Brings the inputs into the layout of this file."""
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        groups = max(weights.shape[1] if weights.ndim == 4 else 1 for weights in (B, C))
+        groups = math.lcm(*(weights.shape[1] if weights.ndim == 4 else 1 for weights in (B, C)))
         A = A.to(dtype).unflatten(0, (groups, -1))
         elements = _CPU_ELEMENTS if u.device.type == "cpu" else _GPU_ELEMENTS
         most_chunks = -(-u.shape[2] // CHUNK_STEPS)
@@ -304,16 +305,26 @@ class Gradients:
         """Returns the gradients in the shapes and dtypes of ``u, delta, A, B, C, D, z, delta_bias``."""
         own = (self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias)
         return [
-            None if gradient is None or tensor is None else gradient.reshape(tensor.shape).to(tensor.dtype)
+            None if gradient is None or tensor is None else _ungrouped(gradient, tensor).to(tensor.dtype)
             for gradient, tensor in zip(own, tensors, strict=True)
         ]
 
 
 def _grouped(weights: torch.Tensor, groups: int) -> torch.Tensor:
-    """Views B or C as ``(b, g, n, l)``, or as ``(g, e, n)`` when constant in time."""
+    """Returns B or C as ``(b, g, n, l)``, ``g`` = 1 if all share it, or ``(g, e, n)`` when constant in time."""
     if weights.ndim == 2:
         return weights.unflatten(0, (groups, -1))
-    return weights.unsqueeze(1) if weights.ndim == 3 else weights
+    if weights.ndim == 3:
+        return weights.unsqueeze(1)
+    own = weights.shape[1]
+    return weights if own in (1, groups) else weights.repeat_interleave(groups // own, dim=1)
+
+
+def _ungrouped(gradient: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Brings a gradient to the shape of its tensor; undoes `_grouped`."""
+    if tensor.ndim == 4 and gradient.shape[1] != tensor.shape[1]:
+        gradient = gradient.unflatten(1, (tensor.shape[1], -1)).sum(dim=2)
+    return gradient.reshape(tensor.shape)
 
 
 def _to_steps(tensor: torch.Tensor, channels: tuple[int, int]) -> torch.Tensor:
