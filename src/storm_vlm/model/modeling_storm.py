@@ -4,6 +4,7 @@ Shapes: ``b`` samples, ``l`` text and placeholder tokens, ``f`` frames of all vi
 model's width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,16 @@ class StormPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, MambaMixer | TemporalProjector):
+        elif isinstance(module, nn.Conv1d):
+            # PyTorch's own, which Mamba keeps; weights that a checkpoint lacks come without.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, MambaMixer):
             module.reset_parameters()
+            # Here and not at the projector: transformers passes over modules that own no parameters.
+            if self.config.projector_config.zero_init_residual:
+                init.zeros_(module.out_proj.weight)
 
 
 class StormModel(StormPreTrainedModel):
@@ -290,7 +299,9 @@ class StormModel(StormPreTrainedModel):
             patch_size=self.config.vision_patch_size,
             feature_layer=self.config.vision_feature_layer,
         )
-        videos = features.to(self.temporal_projector_device).split(num_frames)
+        device = self.temporal_projector_device
+        # Weights that are offloaded have no device of their own: their hooks bring them to the features.
+        videos = features.to(features.device if device.type == "meta" else device).split(num_frames)
         chunk_size = None if torch.is_grad_enabled() else MIXER_CHUNK_TOKENS
         tokens = self.temporal_projector(videos, chunk_size=chunk_size)
         return BaseModelOutputWithPooling(

@@ -43,7 +43,8 @@ def extract_features(
         raise StormError(
             f"pixel values must be (frames, 3, height, width), got shape {tuple(pixel_values.shape)}"
         )
-    device = vision_tower.device
+    # Weights that are offloaded have no device of their own: their hooks bring them to the pixels.
+    device = pixel_values.device if vision_tower.device.type == "meta" else vision_tower.device
     chunk_frames = _CHUNK_FRAMES_CPU if device.type == "cpu" else _CHUNK_FRAMES_GPU
     pieces = pixel_values.to(dtype=vision_tower.dtype, device=device).split(chunk_frames)
     return torch.cat([_encode(vision_tower, piece, patch_size, feature_layer) for piece in pieces])
