@@ -2,12 +2,14 @@
 
     python benchmarks/scan_accuracy.py [--json FILE]
 
-Exits with 1 if an error exceeds the limit of its dtype.
+An error is the largest difference relative to the largest value. Exits with 1 if one exceeds the limit of its dtype;
+a result that is not finite counts as infinitely wrong.
 """
 
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,62 +20,68 @@ from rich.table import Table
 
 from storm_vlm.ops import available_backends, selective_scan
 
-LENGTHS = (1, 31, 32, 33, 100, 517)
+LENGTHS = (1, 31, 33, 100, 517)
 STATE_SIZES = (1, 3, 16, 64)
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
-# Relative root mean square: rounding of the inputs' and outputs' dtype dominates.
-LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+OPTIONS = (None, *OPTIONAL, "delta_softplus")
+# About four times what was measured.
+LIMITS = {torch.float64: 1e-14, torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
 
 
 def make_inputs(length: int, n: int, dtype: torch.dtype, absent: str | None) -> dict[str, torch.Tensor]:
-    """Returns random inputs, already rounded to ``dtype``, in float64."""
+    """Returns random inputs without the absent one, already rounded to ``dtype``, in float64."""
     b, d = 2, 24
     shapes = {
         "u": (b, d, length), "delta": (b, d, length), "A": (d, n), "B": (b, n, length), "C": (b, n, length),
         "D": (d,), "z": (b, d, length), "delta_bias": (d,), "initial_state": (b, d, n),
     }  # fmt: skip
-    inputs = {name: torch.randn(shape).to(dtype).double() for name, shape in shapes.items() if name != absent}
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items() if name != absent}
     inputs["A"] = -inputs["A"].abs() - 0.1
-    return inputs
+    if absent == "delta_softplus":
+        # Without softplus time steps are positive as they come.
+        inputs["delta"], inputs["delta_bias"] = inputs["delta"].abs() * 0.3, inputs["delta_bias"].abs() * 0.1
+    return {name: value.to(dtype).double() for name, value in inputs.items()}
 
 
 def results(
-    inputs: dict[str, torch.Tensor], dtype: torch.dtype, *, backend: str, softplus: bool, reverse: bool
+    inputs: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    backend: str,
+    softplus: bool,
+    reverse: bool,
+    rounding: torch.dtype,
 ) -> dict[str, torch.Tensor]:
-    """Returns the output, the last state and every gradient."""
+    """Returns the output, the last state and every gradient, for gradients of these two rounded to a dtype."""
     leaves = {name: value.to(dtype).requires_grad_() for name, value in inputs.items()}
     out, state = selective_scan(
         **leaves, delta_softplus=softplus, return_last_state=True, reverse=reverse, backend=backend
     )
-    weights = torch.Generator().manual_seed(1)
-    loss = sum((x.double() * torch.randn(x.shape, generator=weights).double()).sum() for x in (out, state))
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    generator = torch.Generator().manual_seed(1)
+    flowing_back = [torch.randn(x.shape, generator=generator).to(rounding).to(x.dtype) for x in (out, state)]
+    gradients = torch.autograd.grad((out, state), list(leaves.values()), flowing_back)
     names = [f"grad {name}" for name in leaves]
     return {"output": out, "last state": state, **dict(zip(names, gradients, strict=True))}
 
 
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Returns the largest difference relative to the largest value, infinity if a value is not finite."""
+    if got.shape != want.shape or not torch.isfinite(got).all():
+        return math.inf
+    return ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+
+
 def measure(backend: str, dtype: torch.dtype) -> dict[str, float]:
-    """Returns the largest relative RMS error of each output over the whole grid."""
+    """Returns the largest relative error of each output over the whole grid."""
     worst: dict[str, float] = defaultdict(float)
-    grid = itertools.product(LENGTHS, STATE_SIZES, (None, *OPTIONAL), (True, False), (False, True))
-    for length, n, absent, softplus, reverse in grid:
+    for length, n, absent, reverse in itertools.product(LENGTHS, STATE_SIZES, OPTIONS, (False, True)):
         torch.manual_seed(length * 100 + n)
         inputs = make_inputs(length, n, dtype, absent)
-        if not softplus:
-            inputs["delta"] = inputs["delta"].abs() * 0.3
-            if "delta_bias" in inputs:
-                inputs["delta_bias"] = inputs["delta_bias"].abs() * 0.1
-            inputs = {
-                name: value.to(dtype).double() if name.startswith("delta") else value
-                for name, value in inputs.items()
-            }
-        want = results(inputs, torch.float64, backend="reference", softplus=softplus, reverse=reverse)
-        got = results(inputs, dtype, backend=backend, softplus=softplus, reverse=reverse)
+        options = {"softplus": absent != "delta_softplus", "reverse": reverse, "rounding": dtype}
+        want = results(inputs, torch.float64, backend="reference", **options)
+        got = results(inputs, dtype, backend=backend, **options)
         for name, value in want.items():
-            difference = (got[name].double() - value).square().mean().sqrt()
-            scale = value.square().mean().sqrt()
-            error = (difference / scale).item() if scale > 0 else difference.item()
-            worst[name] = max(worst[name], error)
+            worst[name] = max(worst[name], relative_error(got[name], value))
     return dict(worst)
 
 
@@ -88,7 +96,7 @@ def main() -> int:
         for backend in backends
         for dtype in LIMITS
     }
-    table = Table(title="largest relative RMS error against the float64 definition")
+    table = Table(title="largest relative error against the float64 definition")
     table.add_column("")
     for name in figures:
         table.add_column(name, justify="right")
@@ -96,8 +104,12 @@ def main() -> int:
         table.add_row(row, *(f"{errors[row]:.1e}" for _, errors in figures.values()))
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({name: errors for name, (_, errors) in figures.items()}, indent=2))
+        arguments.json.write_text(
+            json.dumps({name: errors for name, (_, errors) in figures.items()}, indent=2)
+        )
     too_large = [name for name, (dtype, errors) in figures.items() if max(errors.values()) > LIMITS[dtype]]
+    for name in too_large:
+        print(f"{name}: above its limit of {LIMITS[figures[name][0]]:.0e}", file=sys.stderr)
     return 1 if too_large else 0
 
 
