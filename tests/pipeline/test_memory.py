@@ -9,6 +9,8 @@ from storm_vlm.model import TokenCompression
 from storm_vlm.pipeline import estimate_memory, memory
 
 SIZE = (32, 32)
+# What is taken once, and a little for the prompt.
+FREE = 128 * 2**20 + 50_000
 
 
 def weights_of(model) -> int:
@@ -56,12 +58,12 @@ def test_sampling_is_not_advised_where_the_frames_are_too_many(video_qa):
 
 def test_prompt_that_does_not_fit_the_memory(video_qa, clip):
     encoded = video_qa.encode(clip)
-    video_qa.max_memory_bytes = weights_of(video_qa.model) + 50_000
+    video_qa.max_memory_bytes = weights_of(video_qa.model) + FREE
     with pytest.raises(BudgetError, match=r"a prompt of \d+ tokens and an answer of 10 need about") as error:
         video_qa.ask(encoded, "long " * 20, max_new_tokens=10)
     fitting = int(re.search(r"a prompt of (\d+) tokens would fit", str(error.value))[1])
     assert 0 < fitting < 200
-    memory.check_prompt_memory(video_qa.model, fitting, 10, 50_000)
+    memory.check_prompt_memory(video_qa.model, fitting, 10, FREE)
 
 
 def test_keys_in_the_way_are_forgotten(video_qa, clip, monkeypatch):

@@ -18,10 +18,12 @@ CHUNK_FRAMES = 8
 _VISION_ACTIVATIONS = 32
 # Live buffers of a Mamba layer, each as wide as its inner channels.
 _MIXER_BUFFERS = 10
-# Projected tokens, the sequence made of them, the layer norm's output and the mixer's.
-_TOKEN_BUFFERS = 4
+# Beside the projected tokens: the sequence made of them, the layer norm's output and the mixer's.
+_TOKEN_BUFFERS = 3
 # Live buffers of a decoder layer in prefill, each as wide as the hidden or the intermediate size.
 _PREFILL_HIDDEN, _PREFILL_INTERMEDIATE = 8, 3
+# What the libraries' kernels take on first use, measured on a CPU.
+_WORKSPACE_BYTES = 128 * 2**20
 _TEXT_TOKENS = 256
 _GIB = 2**30
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -33,25 +35,29 @@ class MemoryEstimate:
 
     Attributes:
         vision_bytes: One piece of frames in the vision encoder.
-        tokens_bytes: All visual tokens before compression, and a Mamba layer's buffers.
+        tokens_bytes: All projected tokens, before compression.
+        mixing_bytes: Copies of them and buffers while the Mamba layers run.
         kv_cache_bytes: Keys and values of the prompt and the answer.
         prefill_bytes: Activations of the language model while it reads the prompt.
+        workspace_bytes: What libraries take on first use.
     """
 
     vision_bytes: int
     tokens_bytes: int
+    mixing_bytes: int
     kv_cache_bytes: int
     prefill_bytes: int
+    workspace_bytes: int = _WORKSPACE_BYTES
 
     @property
     def encode_bytes(self) -> int:
         """Peak while the video is encoded."""
-        return self.vision_bytes + self.tokens_bytes
+        return self.tokens_bytes + max(self.vision_bytes, self.mixing_bytes) + self.workspace_bytes
 
     @property
     def answer_bytes(self) -> int:
         """Peak while the question is answered."""
-        return self.kv_cache_bytes + self.prefill_bytes
+        return self.kv_cache_bytes + self.prefill_bytes + self.workspace_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -94,9 +100,11 @@ def estimate_memory(
     kv_cache_bytes, prefill_bytes = _answer_bytes(
         model, groups * kept_rows * kept_columns + num_text_tokens, 0
     )
+    tokens_bytes = frames * rows * columns * width * model.dtype.itemsize
     return MemoryEstimate(
         vision_bytes=num_pixels * 4 * _VISION_ACTIVATIONS,
-        tokens_bytes=frames * rows * columns * width * model.dtype.itemsize * _TOKEN_BUFFERS + mixer_bytes,
+        tokens_bytes=tokens_bytes,
+        mixing_bytes=tokens_bytes * _TOKEN_BUFFERS + mixer_bytes,
         kv_cache_bytes=kv_cache_bytes,
         prefill_bytes=prefill_bytes,
     )
@@ -163,12 +171,14 @@ def check_prompt_memory(
     Raises:
         BudgetError: It does not fit; the message says how many tokens would.
     """
-    needed = sum(_answer_bytes(model, num_prompt_tokens, num_new_tokens))
+
+    def needed_bytes(num_tokens: int) -> int:
+        return sum(_answer_bytes(model, num_tokens, num_new_tokens)) + _WORKSPACE_BYTES
+
+    needed = needed_bytes(num_prompt_tokens)
     if needed <= free_bytes:
         return
-    most = _largest(
-        num_prompt_tokens, lambda tokens: sum(_answer_bytes(model, tokens, num_new_tokens)) <= free_bytes
-    )
+    most = _largest(num_prompt_tokens, lambda tokens: needed_bytes(tokens) <= free_bytes)
     raise BudgetError(
         f"a prompt of {num_prompt_tokens} tokens and an answer of {num_new_tokens} need about {needed / _GIB:.2f} GiB "
         f"beside the weights and {free_bytes / _GIB:.2f} GiB are free: a prompt of {most} tokens would fit; take fewer "
