@@ -137,8 +137,12 @@ def compose_model(
         The model in evaluation mode and its processor.
 
     Raises:
-        ModelError: The language model does more after its last layer than STORM's head does.
+        ModelError: The language model does more after its last layer than STORM's head does, or an option of the
+            projector is unknown.
     """
+    unknown = options.projector.keys() - TemporalProjectorConfig.__annotations__.keys()
+    if unknown:
+        raise ModelError(f"unknown options of the projector: {', '.join(sorted(unknown))}")
     _add_placeholders(language_model, tokenizer)
     probe_ids, probe_logits = _probe(language_model, tokenizer)
     channels, patch_size = probe_vision_tower(tower.model, tower.image_size, options.vision_feature_layer)

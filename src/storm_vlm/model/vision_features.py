@@ -114,7 +114,12 @@ def _run_tower(
         native_size = getattr(vision_tower.config, "image_size", None)
         options["interpolate_pos_encoding"] = tuple(pixel_values.shape[2:]) != _as_pair(native_size)
     if feature_layer is not None:
-        return vision_tower(**inputs, **options, output_hidden_states=True).hidden_states[feature_layer]
+        hidden_states = vision_tower(**inputs, **options, output_hidden_states=True).hidden_states
+        if not -len(hidden_states) <= feature_layer < len(hidden_states):
+            raise StormError(
+                f"vision_feature_layer={feature_layer}: the vision encoder has {len(hidden_states)} hidden states"
+            )
+        return hidden_states[feature_layer]
     return vision_tower(**inputs, **options).last_hidden_state
 
 
