@@ -122,7 +122,7 @@ def test_lora_beside_a_whole_projector(tiny, tmp_path):
     assert {"lora_" in name or "temporal_projector" in name for name in got} == {True}
     assert any("temporal_projector" in name for name in got)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01)
     adapted.eval()
