@@ -2,14 +2,14 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
 
-# The name that transformers exports is a stand-in without torchvision; the class itself needs none.
+# The names that transformers exports are stand-ins without torchvision; the classes themselves need none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from storm_vlm.model.compose import ComposeOptions, VisionTower, compose, compose_model

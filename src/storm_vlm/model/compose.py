@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,6 +16,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+# The name that transformers exports is a stand-in without torchvision; the class itself needs none.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from storm_vlm.errors import ModelError
 from storm_vlm.model.chat_template import multimodal_chat_template

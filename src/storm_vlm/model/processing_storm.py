@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -131,6 +132,36 @@ class StormProcessor(ProcessorMixin):
         """Returns the inputs in the form that transformers expects; a `pathlib.Path` becomes a string."""
         return super().prepare_inputs_layout(
             images=images, text=text, videos=_paths_to_strings(videos), **kwargs
+        )
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: Sequence[str] = (),
+        videos_replacements: Sequence[str] = (),
+        audio_replacements: Sequence[str] = (),
+    ) -> Any:
+        """Puts the placeholders of each picture and video where it is mentioned; transformers 5.17 does not count.
+
+        Args:
+            text: Texts that mention each picture and video once; changed in place.
+            images_replacements: Placeholders of each image.
+            videos_replacements: Placeholders of each video.
+            audio_replacements: Nothing.
+
+        Returns:
+            The texts, and where what was replaced.
+
+        Raises:
+            ValueError: The texts mention more or fewer than there are.
+        """
+        given = ((self.image_token, images_replacements), (self.video_token, videos_replacements))
+        for token, replacements in given:
+            count = sum(sample.count(token) for sample in text)
+            if replacements and count != len(replacements):
+                raise ValueError(f"the text has {count} {token} but {len(replacements)} were given")
+        return super().get_text_with_replacements(
+            text, images_replacements, videos_replacements, audio_replacements
         )
 
     def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
