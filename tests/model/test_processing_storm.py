@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 
 from storm_vlm.errors import BudgetError, StormError, VideoError
 from storm_vlm.model import StormImageProcessor, StormProcessor, StormVideoProcessor
@@ -71,6 +71,10 @@ def test_messages_of_plain_text_and_a_conversation(processor):
     )
 
 
+@pytest.mark.skipif(
+    not hasattr(ProcessorMixin, "_adjust_assistant_masks_indices"),
+    reason="this version of transformers masks the text before the placeholders are in it",
+)
 def test_masks_of_the_answers(processor):
     inputs = processor.apply_chat_template(
         [ask(make_video(2), "what?", answer="a red car")],
