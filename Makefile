@@ -29,6 +29,8 @@ lint: .venv/dev
 
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# The reference that the demo's encoder is checked against; its own dependencies include torchvision.
+	$(BIN)/python -m pip install --quiet --no-deps geffnet==1.0.2
 	touch $@ .venv/demo
 
 clean:
