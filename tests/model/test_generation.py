@@ -33,6 +33,17 @@ def answers(tiny, conversations, **options):
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
+def test_the_answers_depend_on_the_pictures(tiny, greedy):
+    """Otherwise the tests below would see nothing."""
+    others = [
+        ask(make_video(5, 7), "what?"),
+        CONVERSATIONS[1],
+        ask(make_image(8), "between", make_video(3, 9), make_image(4), "why is it so?"),
+    ]
+    got = answers(tiny, others)
+    assert [torch.equal(row, want) for row, want in zip(got, greedy, strict=True)] == [False, True, False]
+
+
 def test_the_cache_changes_nothing(tiny, greedy):
     assert torch.equal(answers(tiny, CONVERSATIONS, use_cache=False), greedy)
 

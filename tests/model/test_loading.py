@@ -23,8 +23,10 @@ from storm_vlm.model import (
     StormVideoProcessor,
 )
 from tests.model.tiny import ask, encode, make_image, make_model, make_video
-from tests.numerics import assert_matches
+from tests.numerics import assert_matches, errors
 
+# Relative root mean square error of a whole model's scores against float32: four times what was measured.
+MODEL_LIMITS = {torch.float64: 2.5e-6, torch.float32: 2.5e-6, torch.float16: 8e-3, torch.bfloat16: 6.5e-2}
 CONVERSATIONS = [ask(make_video(5, 1), make_image(2), "what?"), ask("text"), ask(make_video(2, 3), "why?")]
 
 
@@ -132,10 +134,7 @@ def test_precision(folder, tiny, inputs, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     got = logits(model, inputs)
     assert got.dtype == dtype
-    limits = torch.float32 if dtype == torch.float64 else dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        limits = torch.bfloat16
-    assert_matches("logits", got, logits(tiny[0], inputs), dtype=limits)
+    assert errors(got, logits(tiny[0], inputs))[0] < MODEL_LIMITS[dtype]
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 3
 
 

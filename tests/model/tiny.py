@@ -31,9 +31,10 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
 )
 
-_VIT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+_VIT = {"initializer_range": 0.3, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "image_size": 32, "patch_size": 8}  # fmt: skip
-_LLM = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+# Weights larger than usual, so that what a test changes in a picture changes the answer.
+_LLM = {"initializer_range": 0.3, "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # fmt: skip
 
@@ -109,7 +110,6 @@ def make_model(
     vision: str = "siglip", llm: str = "qwen3", **options: Any
 ) -> tuple[StormForConditionalGeneration, StormProcessor]:
     """Composes a tiny model, the same each time; ``options`` are those of `ComposeOptions`."""
-    # Weights larger than usual, so that what a test changes can be seen in the logits.
     options["projector"] = {"initializer_range": 0.2, **options.get("projector", {})}
     with torch.random.fork_rng():
         torch.manual_seed(0)
