@@ -10,7 +10,8 @@ demo: .venv/demo
 
 test: .venv/dev lint
 	$(BIN)/storm setup-demo
-	$(BIN)/pytest
+	# One thread for each of two workers: small tensors gain nothing from more.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: .venv/dev
 	$(BIN)/ruff check
