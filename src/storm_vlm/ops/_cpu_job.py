@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from storm_vlm.ops._cpu_kernels import CHUNK_STEPS, SLAB_TILES, Plane, Problem, Weights, scratch_bytes
+from storm_vlm.ops._cpu_kernels import CHUNK_STEPS, PLANES, SLAB_TILES, Plane, Problem, Weights, scratch_bytes
 from storm_vlm.ops._cpu_vector import BFLOAT16, FLOAT16, FLOAT32, LANES, ROW_BYTES, STATES
 
 _CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # State updates that are worth a thread of their own: about 0.1 ms (ours).
 _UPDATES_PER_THREAD = 2**19
 _NO_PLANE = Plane(0, 0, 0, 0, 0)
-_PLANES = ("u", "delta", "z", "out", "grad_out", "grad_u", "grad_delta", "grad_z")
 
 Kernel = Callable[[np.ndarray, int, int, int, int], None]
 
@@ -54,6 +53,7 @@ class Job:
         self._owned: list[torch.Tensor] = []
         self._planes = {"u": self._plane(u), "delta": self._plane(delta), "z": self._plane(z)}
         self._fields = {
+            "is_gated": int(z is not None),
             "B": self._weights(B),
             "C": self._weights(C),
             "length": self.length,
@@ -77,13 +77,11 @@ class Job:
     ) -> None:
         """Runs a kernel over all tiles on as many threads as torch uses, this one among them."""
         all_planes = self._planes | {name: self._plane(tensor) for name, tensor in planes.items()}
-        addresses = {name: self._address(table) for name, table in tables.items()}
-        fields = {
-            name: all_planes.get(name, _NO_PLANE) if name in _PLANES else (self._fields | addresses).get(name, 0)
-            for name in Problem._fields
-        }
-        values = [x if isinstance(x, tuple) else (x,) for x in fields.values()]
-        descriptor = np.array([number for value in values for number in value], dtype=np.int64)
+        fields = self._fields | {name: self._address(table) for name, table in tables.items()}
+        values = [all_planes.get(name, _NO_PLANE) for name in PLANES]
+        values += [fields.get(name, 0) for name in Problem._fields]
+        flat = [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
+        descriptor = np.array(flat, dtype=np.int64)
         shares = list(self._shares())
         others = [_threads(os.getpid()).submit(_run_share, kernel, descriptor, share, self.states) for share in shares[1:]]
         try:

@@ -43,6 +43,10 @@ from storm_vlm.ops._cpu_vector import (
 
 CHUNK_STEPS = 32
 SLAB_TILES = 4
+# Each plane has the scratch row of its number; those before `out` are read, the others written, where there are any.
+PLANES = ("u", "delta", "z", "grad_out", "out", "grad_u", "grad_delta", "grad_z")
+_FIRST_WRITTEN = PLANES.index("out")
+_PLANE_FIELDS = 5
 _LN2 = 0.6931471805599453
 _TILE_ROWS = CHUNK_STEPS * ROW_BYTES
 
@@ -67,16 +71,9 @@ class Weights(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a kernel works on; the fields that only the backward pass needs are zeros in the forward pass."""
+    """What a kernel works on besides planes; what only the backward pass needs is 0 in the forward pass."""
 
-    u: Plane
-    delta: Plane
-    z: Plane
-    out: Plane
-    grad_out: Plane
-    grad_u: Plane
-    grad_delta: Plane
-    grad_z: Plane
+    is_gated: int
     B: Weights
     C: Weights
     length: int
@@ -114,25 +111,56 @@ class _Tile(NamedTuple):
     channels: int  # 16, or what is left of the group
 
 
+class _Rows(NamedTuple):
+    """Addresses of scratch: ``(step, 16)`` rows, first those of the planes, then ``(step, 64)`` blocks."""
+
+    u: int
+    raw: int  # delta with its bias, before softplus
+    z: int
+    grad_out: int
+    y: int
+    grad_x: int
+    grad_decay: int  # gradient of delta through the decay, over ln 2
+    grad_z: int
+    delta: int
+    x: int
+    grad_y: int
+    decay: int
+    before: int  # one more block than steps: the state after the chunk
+    grad_B: int  # (step, n, 16), summed over the tiles of a slab
+    grad_C: int
+
+
+_NUM_ROWS = 11
+
+
 @inline
-def _plane(d, i):
+def _rows(scratch, states):
+    blocks = scratch + _NUM_ROWS * _TILE_ROWS
+    sums = blocks + (2 * CHUNK_STEPS + 1) * BLOCK_BYTES
+    return _Rows(
+        scratch, scratch + _TILE_ROWS, scratch + 2 * _TILE_ROWS, scratch + 3 * _TILE_ROWS,
+        scratch + 4 * _TILE_ROWS, scratch + 5 * _TILE_ROWS, scratch + 6 * _TILE_ROWS, scratch + 7 * _TILE_ROWS,
+        scratch + 8 * _TILE_ROWS, scratch + 9 * _TILE_ROWS, scratch + 10 * _TILE_ROWS,
+        blocks, blocks + CHUNK_STEPS * BLOCK_BYTES, sums, sums + states * _TILE_ROWS,
+    )  # fmt: skip
+
+
+@inline
+def _plane(d, number):
+    """Reads a plane from the beginning of the descriptor."""
+    i = number * _PLANE_FIELDS
     return Plane(d[i], d[i + 1], d[i + 2], d[i + 3], d[i + 4])
 
 
 @inline
-def _weights(d, i):
-    return Weights(d[i], d[i + 1], d[i + 2], d[i + 3])
-
-
-@inline
 def _problem(d):
-    """Reads the descriptor: the fields of `Problem`, flattened."""
+    """Reads the fields of `Problem`, flattened, that follow the planes in the descriptor."""
+    i = len(PLANES) * _PLANE_FIELDS
     return Problem(
-        _plane(d, 0), _plane(d, 5), _plane(d, 10), _plane(d, 15),
-        _plane(d, 20), _plane(d, 25), _plane(d, 30), _plane(d, 35),
-        _weights(d, 40), _weights(d, 44),
-        d[48], d[49], d[50], d[51], d[52], d[53], d[54], d[55], d[56], d[57], d[58], d[59], d[60], d[61],
-        d[62], d[63], d[64],
+        d[i], Weights(d[i + 1], d[i + 2], d[i + 3], d[i + 4]), Weights(d[i + 5], d[i + 6], d[i + 7], d[i + 8]),
+        d[i + 9], d[i + 10], d[i + 11], d[i + 12], d[i + 13], d[i + 14], d[i + 15], d[i + 16], d[i + 17],
+        d[i + 18], d[i + 19], d[i + 20], d[i + 21], d[i + 22], d[i + 23], d[i + 24], d[i + 25],
     )  # fmt: skip
 
 
@@ -160,7 +188,7 @@ def _tile_row(problem, tile, row_bytes):
     return (tile.batch * problem.groups * _group_tiles(problem) + tile.index) * row_bytes
 
 
-@njit(error_model="numpy")
+@inline
 def _read_tile(plane, tile, start, steps, rows):
     """Brings 16 channels (or as many as there are, then zeros) of some steps into scratch rows."""
     size = 4 if plane.dtype == FLOAT32 else 2
@@ -184,7 +212,7 @@ def _read_tile(plane, tile, start, steps, rows):
             write_one(rows + i * ROW_BYTES + 4 * c, FLOAT32, value)
 
 
-@njit(error_model="numpy")
+@inline
 def _write_tile(plane, tile, start, steps, rows):
     """Writes scratch rows to 16 channels (or as many as there are) of some steps; the rows are lost."""
     size = 4 if plane.dtype == FLOAT32 else 2
@@ -245,32 +273,62 @@ def _weight(address, step, i, block):
 
 
 @inline
-def _read_steps(problem, tile, start, steps, u, delta, x, y):
-    """Fills the rows that both passes need: ``u``, ``delta``, ``x = delta u`` and ``y = D u``."""
-    _read_tile(problem.u, tile, start, steps, u)
-    _read_tile(problem.delta, tile, start, steps, delta)
-    bias = repeat(load16(problem.delta_bias + tile.index * ROW_BYTES))
-    skip = repeat(load16(problem.D + tile.index * ROW_BYTES))
-    for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
-        step = load64(delta + i) + bias
-        if problem.softplus:
-            step = softplus(step)
-        value = load64(u + i)
-        store(delta + i, step)
-        store(x + i, step * value)
-        store(y + i, skip * value)
+def _read_planes(d, tile, start, steps, scratch):
+    for number in range(_FIRST_WRITTEN):
+        plane = _plane(d, number)
+        if plane.address:
+            _read_tile(plane, tile, start, steps, scratch + number * _TILE_ROWS)
 
 
 @inline
-def _run_states(problem, B, C, block, steps, h, a, delta, x, y):
+def _write_planes(d, tile, start, steps, scratch):
+    for number in range(_FIRST_WRITTEN, len(PLANES)):
+        plane = _plane(d, number)
+        if plane.address:
+            _write_tile(plane, tile, start, steps, scratch + number * _TILE_ROWS)
+
+
+@inline
+def _prefetch_planes(d, tile, start):
+    for number in range(len(PLANES)):
+        plane = _plane(d, number)
+        if plane.address:
+            _prefetch_tile(plane, tile, start, CHUNK_STEPS)
+
+
+@inline
+def _begin_steps(problem, tile, steps, rows):
+    """Adds the bias to the rows of ``raw``, and fills ``delta``, ``x = delta u`` and ``y = D u``."""
+    bias = repeat(load16(problem.delta_bias + tile.index * ROW_BYTES))
+    skip = repeat(load16(problem.D + tile.index * ROW_BYTES))
+    for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
+        raw = load64(rows.raw + i) + bias
+        delta = softplus(raw) if problem.softplus else raw
+        u = load64(rows.u + i)
+        store(rows.raw + i, raw)
+        store(rows.delta + i, delta)
+        store(rows.x + i, delta * u)
+        store(rows.y + i, skip * u)
+
+
+@inline
+def _run_states(problem, B, C, block, steps, h, a, rows):
     """Runs four states through a chunk, adds their output to y and returns the last state."""
     for k in range(steps):
         i = steps - 1 - k if problem.reverse else k
         row = i * ROW_BYTES
-        drive = repeat(load16(x + row)) * _weight(B, problem.B.step, i, block)
-        h = fma(exp2(repeat(load16(delta + row)) * a), h, drive)
-        store(y + row, add_dot(load16(y + row), h, _weight(C, problem.C.step, i, block)))
+        drive = repeat(load16(rows.x + row)) * _weight(B, problem.B.step, i, block)
+        h = fma(exp2(repeat(load16(rows.delta + row)) * a), h, drive)
+        store(rows.y + row, add_dot(load16(rows.y + row), h, _weight(C, problem.C.step, i, block)))
     return h
+
+
+@inline
+def _checkpoint(problem, tile, chunks, chunk):
+    """Returns the address of the state before a chunk."""
+    tiles = problem.groups * _group_tiles(problem)
+    place = (tile.batch * chunks + chunk) * tiles + tile.index
+    return problem.checkpoints + place * problem.states * ROW_BYTES
 
 
 @inline
@@ -287,8 +345,7 @@ def _next_tile(problem, tile, first, end, start, is_forward):
 def forward(descriptor, scratch, batch, first_tile, end_tile):
     """Computes output and last state of a range of tiles; ``state`` holds the first state and gets the last."""
     problem = _problem(descriptor)
-    u, delta, x = scratch, scratch + _TILE_ROWS, scratch + 2 * _TILE_ROWS
-    y, z = scratch + 3 * _TILE_ROWS, scratch
+    rows = _rows(scratch, problem.states)
     tile_bytes = problem.states * ROW_BYTES
     chunks = (problem.length + CHUNK_STEPS - 1) // CHUNK_STEPS
     for k in range(chunks):
@@ -298,82 +355,37 @@ def forward(descriptor, scratch, batch, first_tile, end_tile):
         for index in range(first_tile, end_tile):
             tile = _locate(problem, batch, index)
             following, place = _next_tile(problem, tile, first_tile, end_tile, start, 1)
-            for plane in (problem.u, problem.delta, problem.z, problem.out):
-                _prefetch_tile(plane, following, place, CHUNK_STEPS)
+            _prefetch_planes(descriptor, following, place)
             state = problem.state + _tile_row(problem, tile, tile_bytes)
             if problem.checkpoints:
                 _copy(state, _checkpoint(problem, tile, chunks, chunk), tile_bytes)
-            _read_steps(problem, tile, start, steps, u, delta, x, y)
+            _read_planes(descriptor, tile, start, steps, scratch)
+            _begin_steps(problem, tile, steps, rows)
             B = _weights_at(problem.B, tile, problem.states, start)
             C = _weights_at(problem.C, tile, problem.states, start)
             for block in range(problem.states // STATES):
                 part = block * BLOCK_BYTES
                 a = load64(problem.A + index * tile_bytes + part)
-                h = _run_states(problem, B, C, block, steps, load64(state + part), a, delta, x, y)
+                h = _run_states(problem, B, C, block, steps, load64(state + part), a, rows)
                 store(state + part, h)
-            if problem.z.address:
-                _read_tile(problem.z, tile, start, steps, z)
+            if problem.is_gated:
                 for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
-                    gate = load64(z + i)
-                    store(y + i, load64(y + i) * gate * sigmoid(gate))
-            _write_tile(problem.out, tile, start, steps, y)
-
-
-@inline
-def _checkpoint(problem, tile, chunks, chunk):
-    """Returns the address of the state before a chunk."""
-    tiles = problem.groups * _group_tiles(problem)
-    place = (tile.batch * chunks + chunk) * tiles + tile.index
-    return problem.checkpoints + place * problem.states * ROW_BYTES
-
-
-class _Rows(NamedTuple):
-    """Addresses of the backward pass's scratch: ``(step, 16)`` rows, then ``(step, 64)`` blocks."""
-
-    u: int
-    raw: int  # delta before bias and softplus
-    delta: int
-    x: int
-    y: int
-    z: int
-    grad_out: int
-    grad_y: int
-    grad_x: int
-    grad_decay: int  # gradient of delta through the decay, over ln 2
-    decay: int
-    before: int  # one more block than steps: the state after the chunk
-    grad_B: int  # (step, n, 16), summed over the tiles of a slab
-    grad_C: int
-
-
-@inline
-def _rows(scratch, states):
-    blocks = scratch + 10 * _TILE_ROWS
-    sums = blocks + (2 * CHUNK_STEPS + 1) * BLOCK_BYTES
-    return _Rows(
-        scratch, scratch + _TILE_ROWS, scratch + 2 * _TILE_ROWS, scratch + 3 * _TILE_ROWS,
-        scratch + 4 * _TILE_ROWS, scratch + 5 * _TILE_ROWS, scratch + 6 * _TILE_ROWS, scratch + 7 * _TILE_ROWS,
-        scratch + 8 * _TILE_ROWS, scratch + 9 * _TILE_ROWS, blocks, blocks + CHUNK_STEPS * BLOCK_BYTES,
-        sums, sums + states * _TILE_ROWS,
-    )  # fmt: skip
+                    gate = load64(rows.z + i)
+                    store(rows.y + i, load64(rows.y + i) * gate * sigmoid(gate))
+            _write_planes(descriptor, tile, start, steps, scratch)
 
 
 def scratch_bytes(states: int) -> int:
     """Returns the scratch memory that a kernel needs, with room to align it to 64 bytes."""
-    return (10 + 2 * states) * _TILE_ROWS + (2 * CHUNK_STEPS + 1) * BLOCK_BYTES + ROW_BYTES
+    return (_NUM_ROWS + 2 * states) * _TILE_ROWS + (2 * CHUNK_STEPS + 1) * BLOCK_BYTES + ROW_BYTES
 
 
 @inline
-def _gate_gradient(problem, tile, start, steps, rows):
+def _gate_gradient(problem, steps, rows):
     """Fills ``grad_y``, the gradient of the output before the gate, and clears the sums of the states."""
-    _read_tile(problem.grad_out, tile, start, steps, rows.grad_out)
-    if problem.softplus:
-        _read_tile(problem.delta, tile, start, steps, rows.raw)
-    if problem.z.address:
-        _read_tile(problem.z, tile, start, steps, rows.z)
     for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
         gradient = load64(rows.grad_out + i)
-        if problem.z.address:
+        if problem.is_gated:
             gate = load64(rows.z + i)
             gradient = gradient * gate * sigmoid(gate)
         store(rows.grad_y + i, gradient)
@@ -391,7 +403,7 @@ def _recompute_states(problem, B, C, block, steps, h, a, rows):
         store(rows.before + k * BLOCK_BYTES, h)
         store(rows.decay + k * BLOCK_BYTES, decay)
         h = fma(decay, h, repeat(load16(rows.x + row)) * _weight(B, problem.B.step, i, block))
-        if problem.z.address:
+        if problem.is_gated:
             store(rows.y + row, add_dot(load16(rows.y + row), h, _weight(C, problem.C.step, i, block)))
     store(rows.before + steps * BLOCK_BYTES, h)
 
@@ -424,11 +436,10 @@ def _run_adjoint(problem, B, C, grad_B, grad_C, block, steps, adjoint, a, grad_a
 
 
 @inline
-def _write_gradients(problem, tile, start, steps, rows):
+def _finish_gradients(problem, tile, steps, rows):
     """Turns the sums of a chunk's states into the gradients of ``u``, ``delta``, ``z``, ``D`` and ``delta_bias``."""
     offset = _tile_row(problem, tile, ROW_BYTES)
     skip = load16(problem.D + tile.index * ROW_BYTES)
-    bias = load16(problem.delta_bias + tile.index * ROW_BYTES)
     grad_D = load16(problem.grad_D + offset)
     grad_bias = load16(problem.grad_delta_bias + offset)
     for i in range(0, steps * ROW_BYTES, ROW_BYTES):
@@ -436,22 +447,18 @@ def _write_gradients(problem, tile, start, steps, rows):
         grad_y = load16(rows.grad_y + i)
         grad_delta = fma(grad_x, u, load16(rows.grad_decay + i) * _LN2)
         if problem.softplus:
-            grad_delta = grad_delta * sigmoid(load16(rows.raw + i) + bias)
-        if problem.z.address:
+            grad_delta = grad_delta * sigmoid(load16(rows.raw + i))
+        if problem.is_gated:
             gate = load16(rows.z + i)
             s = sigmoid(gate)
             slope = s * fma(gate, 1.0 - s, 1.0)
-            store(rows.z + i, load16(rows.grad_out + i) * load16(rows.y + i) * slope)
+            store(rows.grad_z + i, load16(rows.grad_out + i) * load16(rows.y + i) * slope)
         grad_D = fma(grad_y, u, grad_D)
         grad_bias = grad_bias + grad_delta
         store(rows.grad_x + i, fma(grad_x, delta, skip * grad_y))
         store(rows.grad_decay + i, grad_delta)
     store(problem.grad_D + offset, grad_D)
     store(problem.grad_delta_bias + offset, grad_bias)
-    _write_tile(problem.grad_u, tile, start, steps, rows.grad_x)
-    _write_tile(problem.grad_delta, tile, start, steps, rows.grad_decay)
-    if problem.z.address:
-        _write_tile(problem.grad_z, tile, start, steps, rows.z)
 
 
 @inline
@@ -485,15 +492,16 @@ def backward(descriptor, scratch, batch, first_tile, end_tile):
         for index in range(first_tile, end_tile):
             tile = _locate(problem, batch, index)
             following, place = _next_tile(problem, tile, first_tile, end_tile, start, 0)
-            for plane in (problem.u, problem.delta, problem.z, problem.grad_out, problem.grad_u, problem.grad_delta):
-                _prefetch_tile(plane, following, place, CHUNK_STEPS)
+            _prefetch_planes(descriptor, following, place)
             if tile.opens_slab:
                 for i in range(0, 2 * problem.states * _TILE_ROWS, BLOCK_BYTES):
                     store(rows.grad_B + i, zeros64())
-            _read_steps(problem, tile, start, steps, rows.u, rows.delta, rows.x, rows.y)
-            _gate_gradient(problem, tile, start, steps, rows)
+            _read_planes(descriptor, tile, start, steps, scratch)
+            _begin_steps(problem, tile, steps, rows)
+            _gate_gradient(problem, steps, rows)
             _block_gradients(problem, tile, start, steps, _checkpoint(problem, tile, chunks, chunk), rows)
-            _write_gradients(problem, tile, start, steps, rows)
+            _finish_gradients(problem, tile, steps, rows)
+            _write_planes(descriptor, tile, start, steps, scratch)
             if tile.closes_slab and problem.B.step:
                 _close_slab(problem, tile, start, steps, rows.grad_B, problem.grad_B)
             if tile.closes_slab and problem.C.step:

@@ -26,7 +26,7 @@ BLOCK_BYTES = STATES * ROW_BYTES
 
 _F32, _I32, _I16, _F16 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
 
-inline = njit(forceinline=True, error_model="numpy")
+inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 class VectorType(types.Type):
