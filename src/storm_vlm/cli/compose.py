@@ -9,11 +9,15 @@ from storm_vlm.cli.options import OutOption, OverwriteOption
 
 def compose(
     vision: Annotated[str, typer.Option("--vision", help="Hub id or folder of a vision encoder.")],
-    llm: Annotated[str, typer.Option("--llm", help="Hub id or folder of a causal language model, or a GGUF file.")],
+    llm: Annotated[
+        str, typer.Option("--llm", help="Hub id or folder of a causal language model, or a GGUF file.")
+    ],
     out: OutOption,
     projector: Annotated[str, typer.Option(help="linear (STORM) or mlp (the VILA baseline).")] = "linear",
     mamba_layers: Annotated[int, typer.Option(min=0, help="Residual Mamba layers.")] = 1,
-    unidirectional: Annotated[bool, typer.Option("--unidirectional", help="Scan forward only, for streams.")] = False,
+    unidirectional: Annotated[
+        bool, typer.Option("--unidirectional", help="Scan forward only, for streams.")
+    ] = False,
     identity: Annotated[
         bool, typer.Option("--identity", help="Begin as if there were no Mamba layers.")
     ] = False,

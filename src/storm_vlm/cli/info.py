@@ -55,7 +55,9 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "av": version("av"),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "scan_backend": f"{choice.name} ({choice.reason})",
         "scan_backends_here": ", ".join(available_backends()),
         "cache": cache_directory(),

@@ -28,7 +28,9 @@ app.command("setup-demo")(setup_demo.setup_demo)
 
 
 @app.callback()
-def options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Show what is chosen and why.")) -> None:
+def options(
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show what is chosen and why."),
+) -> None:
     """Understand long video: a Mamba temporal projector between a vision encoder and a language model."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
@@ -45,7 +47,9 @@ def run() -> None:
     try:
         app()
     except StormError as error:
-        errors_console.print(f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False)
+        errors_console.print(
+            f"error: {' '.join(str(error).split())}", style="red", markup=False, highlight=False
+        )
         sys.exit(_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)

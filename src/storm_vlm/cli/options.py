@@ -38,7 +38,9 @@ MaxMemoryOption = Annotated[
 CacheOption = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep encoded videos on disk for the next question.")
 ]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
+]
 TemperatureOption = Annotated[
     float, typer.Option("--temperature", min=0, help="0 for the likeliest answer, more for variety.")
 ]

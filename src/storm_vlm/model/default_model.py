@@ -62,7 +62,9 @@ def setup_default_model(progress: Callable[[str], None] | None = None) -> Path:
 
 def _folder() -> Path:
     """Returns the folder of this recipe: another recipe or other parts get another folder."""
-    recipe = repr((_OPTIONS, _IMAGE_SIZE, _IMAGE_MEAN, _IMAGE_STD, LANGUAGE_MODEL.sha256, VISION_ENCODER.sha256))
+    recipe = repr(
+        (_OPTIONS, _IMAGE_SIZE, _IMAGE_MEAN, _IMAGE_STD, LANGUAGE_MODEL.sha256, VISION_ENCODER.sha256)
+    )
     fingerprint = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     return cache_directory() / "models" / f"{DEFAULT_MODEL_NAME}-{fingerprint}"
 

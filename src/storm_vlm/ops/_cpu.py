@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from storm_vlm.ops._arguments import ScanArguments
 from storm_vlm.ops._cpu_job import Job
 from storm_vlm.ops._cpu_kernels import backward, forward
+from storm_vlm.ops._cpu_memory import on_large_pages
 
 
 def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +57,7 @@ class _SelectiveScan(torch.autograd.Function):
         """Computes the output and the last state, and keeps the state before each chunk if asked."""
         tensors = (u, delta, A, B, C, D, z, delta_bias)
         job = Job(*tensors, delta_softplus=delta_softplus, reverse=reverse)
-        out = torch.empty_like(delta, dtype=u.dtype)
+        out = on_large_pages(torch.empty_like(delta, dtype=u.dtype))
         state = job.zeros_of_states() if initial_state is None else job.to_tiles(initial_state)
         checkpoints = job.empty_checkpoints() if keep else None
         job.run(forward, planes={"out": out}, tables={"state": state, "checkpoints": checkpoints})
@@ -74,7 +75,10 @@ class _SelectiveScan(torch.autograd.Function):
         u, delta, _, B, C, _, z, _ = tensors
         job = Job(*tensors, delta_softplus=ctx.delta_softplus, reverse=ctx.reverse)
         planes = {"grad_u": u, "grad_delta": delta, "grad_z": z}
-        planes = {name: x if x is None else torch.empty_like(job.readable(x)) for name, x in planes.items()}
+        planes = {
+            name: None if x is None else on_large_pages(torch.empty_like(job.readable(x)))
+            for name, x in planes.items()
+        }
         tables = {
             "state": job.to_tiles(grad_last_state),
             "grad_A": job.zeros_of_states(),
@@ -114,4 +118,4 @@ def _same_groups(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.
     if 1 in counts or counts[0] == counts[1]:
         return B, C
     common = math.lcm(*counts)
-    return tuple(x.repeat_interleave(common // count, dim=1) for x, count in zip((B, C), counts, strict=True))
+    return B.repeat_interleave(common // counts[0], dim=1), C.repeat_interleave(common // counts[1], dim=1)

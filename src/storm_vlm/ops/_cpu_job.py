@@ -5,6 +5,7 @@ padded to a multiple of four and each group's channels to one of 16.
 """
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from storm_vlm.ops._cpu_kernels import CHUNK_STEPS, PLANES, SLAB_TILES, Plane, Problem, Weights, scratch_bytes
-from storm_vlm.ops._cpu_vector import BFLOAT16, FLOAT16, FLOAT32, LANES, ROW_BYTES, STATES
+from storm_vlm.ops._cpu_elements import BFLOAT16, FLOAT16, FLOAT32
+from storm_vlm.ops._cpu_layout import CHUNK_STEPS, PLANES, SLAB_TILES, Plane, Problem, Weights, scratch_bytes
+from storm_vlm.ops._cpu_memory import on_large_pages
+from storm_vlm.ops._cpu_vector import LANES, ROW_BYTES, STATES
 
 _CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 # State updates that are worth a thread of their own: about 0.1 ms (ours).
@@ -78,12 +81,15 @@ class Job:
         """Runs a kernel over all tiles on as many threads as torch uses, this one among them."""
         all_planes = self._planes | {name: self._plane(tensor) for name, tensor in planes.items()}
         fields = self._fields | {name: self._address(table) for name, table in tables.items()}
-        values = [all_planes.get(name, _NO_PLANE) for name in PLANES]
+        values: list[Any] = [all_planes.get(name, _NO_PLANE) for name in PLANES]
         values += [fields.get(name, 0) for name in Problem._fields]
         flat = [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
         descriptor = np.array(flat, dtype=np.int64)
         shares = list(self._shares())
-        others = [_threads(os.getpid()).submit(_run_share, kernel, descriptor, share, self.states) for share in shares[1:]]
+        others = [
+            _threads(os.getpid()).submit(_run_share, kernel, descriptor, share, self.states)
+            for share in shares[1:]
+        ]
         try:
             _run_share(kernel, descriptor, shares[0], self.states)
         finally:
@@ -100,13 +106,15 @@ class Job:
 
     def empty_checkpoints(self) -> torch.Tensor:
         """Returns room for the state before each chunk."""
-        return torch.empty(self.b, self.chunks, self.groups * self.group_tiles, self.states, LANES)
+        tiles = self.groups * self.group_tiles
+        return on_large_pages(torch.empty(self.b, self.chunks, tiles, self.states, LANES))
 
     def zeros_of_weights(self, weights: torch.Tensor) -> torch.Tensor:
         """Returns room for the sums of the gradient of B or C, slab by slab, or by state if constant in time."""
         if weights.ndim == 2:
             return self.zeros_of_states()
-        return torch.empty(self.group_slabs, self.b, self.groups, self.length, self.states)
+        sums = torch.empty(self.group_slabs, self.b, self.groups, self.length, self.states)
+        return on_large_pages(sums)
 
     def weights_gradient(self, sums: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Brings the sums into the shape of B or C."""
@@ -149,7 +157,9 @@ class Job:
         if weights.ndim == 2:
             table = self.to_tiles(weights[None])
             return Weights(self._address(table), 0, 0, 0)
-        by_step = (weights if weights.ndim == 4 else weights[:, None]).transpose(2, 3)  # (b, g, n, l) -> (b, g, l, n)
+        by_step = (weights if weights.ndim == 4 else weights[:, None]).transpose(
+            2, 3
+        )  # (b, g, n, l) -> (b, g, l, n)
         as_it_is = by_step.dtype == torch.float32 and self.n == self.states and by_step.stride(3) == 1
         if not as_it_is or by_step.stride(2) == 0:
             by_step = functional.pad(by_step.to(torch.float32), (0, self.states - self.n)).contiguous()
@@ -173,10 +183,14 @@ class Job:
         updates = self.b * slabs * SLAB_TILES * LANES * self.states * self.length
         threads = max(1, min(torch.get_num_threads(), self.b * slabs, updates // _UPDATES_PER_THREAD))
         bounds = [self.b * slabs * i // threads for i in range(threads + 1)]
-        for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, end in itertools.pairwise(bounds):
             samples = range(first // slabs, -(-end // slabs))
             yield [
-                (i, self._first_tile(max(first - i * slabs, 0)), self._first_tile(min(end - i * slabs, slabs)))
+                (
+                    i,
+                    self._first_tile(max(first - i * slabs, 0)),
+                    self._first_tile(min(end - i * slabs, slabs)),
+                )
                 for i in samples
             ]
 
@@ -185,7 +199,9 @@ class Job:
         return group * self.group_tiles + place * SLAB_TILES
 
 
-def _run_share(kernel: Kernel, descriptor: np.ndarray, share: list[tuple[int, int, int]], states: int) -> None:
+def _run_share(
+    kernel: Kernel, descriptor: np.ndarray, share: list[tuple[int, int, int]], states: int
+) -> None:
     """Runs a kernel over some tiles with scratch memory of its own."""
     memory = np.empty(scratch_bytes(states), dtype=np.uint8)
     scratch = -(-memory.ctypes.data // ROW_BYTES) * ROW_BYTES

@@ -24,7 +24,7 @@ STATES = 4
 ROW_BYTES = 4 * LANES
 BLOCK_BYTES = STATES * ROW_BYTES
 
-_F32, _I32, _I16, _F16 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.HalfType()
+F32, I32 = ir.FloatType(), ir.IntType(32)
 
 inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
@@ -42,7 +42,7 @@ class _VectorModel(models.PrimitiveModel):
     """A vector is one LLVM value."""
 
     def __init__(self, data_model_manager: Any, numba_type: VectorType) -> None:
-        super().__init__(data_model_manager, numba_type, ir.VectorType(_F32, numba_type.width))
+        super().__init__(data_model_manager, numba_type, ir.VectorType(F32, numba_type.width))
 
 
 vec16, vec64 = VectorType(LANES), VectorType(LANES * STATES)
@@ -79,29 +79,31 @@ def _same_type(builder: Any, sig: Any, args: Any) -> list[Any]:
     """Spreads the numbers among the operands over all lanes."""
     width = sig.return_type.width
     return [
-        value if isinstance(kind, VectorType) else _splat(builder, builder.fptrunc(value, _F32), width)
+        value
+        if isinstance(kind, VectorType)
+        else _splat(builder, builder.fptrunc(value, F32), width)
         if kind is types.float64
         else _splat(builder, value, width)
         for kind, value in zip(sig.args, args, strict=True)
     ]
 
 
-def _mask(indices: Any) -> ir.Constant:
+def mask_of(indices: Any) -> ir.Constant:
     indices = list(indices)
-    return ir.Constant(ir.VectorType(_I32, len(indices)), indices)
+    return ir.Constant(ir.VectorType(I32, len(indices)), indices)
 
 
 def _splat(builder: Any, value: Any, width: int) -> Any:
     undefined = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
-    one = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, undefined, _mask([0] * width))
+    one = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, undefined, mask_of([0] * width))
 
 
-def _constant(element: Any, value: float, width: int) -> ir.Constant:
+def constant_of(element: Any, value: float, width: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(element, width), [value] * width)
 
 
-def _pointer(builder: Any, address: Any, target: Any) -> Any:
+def pointer_to(builder: Any, address: Any, target: Any) -> Any:
     return builder.inttoptr(address, target.as_pointer())
 
 
@@ -114,7 +116,8 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _quarters(builder: Any, vector: Any) -> list[Any]:
     return [
-        builder.shuffle_vector(vector, vector, _mask(range(LANES * i, LANES * (i + 1)))) for i in range(STATES)
+        builder.shuffle_vector(vector, vector, mask_of(range(LANES * i, LANES * (i + 1))))
+        for i in range(STATES)
     ]
 
 
@@ -155,7 +158,7 @@ def _loader(vector: VectorType) -> Any:
     @intrinsic
     def load(typingctx: Any, address: Any) -> Any:
         def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _pointer(builder, args[0], ir.VectorType(_F32, vector.width))
+            pointer = pointer_to(builder, args[0], ir.VectorType(F32, vector.width))
             return builder.load(pointer, align=4)
 
         return vector(types.int64), build
@@ -171,7 +174,7 @@ def zeros64(typingctx: Any) -> Any:
     """Returns zeros."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _constant(_F32, 0.0, LANES * STATES)
+        return constant_of(F32, 0.0, LANES * STATES)
 
     return vec64(), build
 
@@ -181,7 +184,7 @@ def store(typingctx: Any, address: Any, vector: Any) -> Any:
     """Writes a vector."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[1], _pointer(builder, args[0], args[1].type), align=4)
+        builder.store(args[1], pointer_to(builder, args[0], args[1].type), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, vector), build
@@ -193,10 +196,10 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         # To read, into the second-level cache, data.
-        builder.call(function, [builder.inttoptr(args[0], byte), *(ir.Constant(_I32, i) for i in (0, 2, 1))])
+        builder.call(function, [builder.inttoptr(args[0], byte), *(ir.Constant(I32, i) for i in (0, 2, 1))])
         return context.get_dummy_value()
 
     return types.void(types.int64), build
@@ -207,13 +210,13 @@ def spread(typingctx: Any, address: Any) -> Any:
     """Reads four floats, one for each state, and spreads each over the 16 channels."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(builder, args[0], _F32)
+        pointer = pointer_to(builder, args[0], F32)
         rows = [
-            _splat(builder, builder.load(builder.gep(pointer, [ir.Constant(_I32, i)]), align=4), LANES)
+            _splat(builder, builder.load(builder.gep(pointer, [ir.Constant(I32, i)]), align=4), LANES)
             for i in range(STATES)
         ]
-        pairs = [builder.shuffle_vector(rows[i], rows[i + 1], _mask(range(2 * LANES))) for i in (0, 2)]
-        return builder.shuffle_vector(*pairs, _mask(range(4 * LANES)))
+        pairs = [builder.shuffle_vector(rows[i], rows[i + 1], mask_of(range(2 * LANES))) for i in (0, 2)]
+        return builder.shuffle_vector(*pairs, mask_of(range(4 * LANES)))
 
     return vec64(types.int64), build
 
@@ -223,7 +226,7 @@ def repeat(typingctx: Any, row: Any) -> Any:
     """Gives each of the four states the same row of channels."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.shuffle_vector(args[0], args[0], _mask(list(range(LANES)) * STATES))
+        return builder.shuffle_vector(args[0], args[0], mask_of(list(range(LANES)) * STATES))
 
     return vec64(vec16), build
 
@@ -247,8 +250,8 @@ def _exponent_scale(typingctx: Any, shifted: Any) -> Any:
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         width = sig.return_type.width
-        bits = builder.bitcast(args[0], ir.VectorType(_I32, width))
-        return builder.bitcast(builder.shl(bits, _constant(_I32, 23, width)), args[0].type)
+        bits = builder.bitcast(args[0], ir.VectorType(I32, width))
+        return builder.bitcast(builder.shl(bits, constant_of(I32, 23, width)), args[0].type)
 
     return shifted(shifted), build
 
@@ -257,7 +260,7 @@ _ROUND = 1.5 * 2.0**23 + 127.0
 
 
 @inline
-def exp2(x):
+def exp2(x: Any) -> Any:
     """2^x to 1e-7: 2^round(x) times a polynomial that is exact at 0, fitted to least largest error (ours)."""
     x = larger(-127.0, smaller(128.0, x))
     shifted = x + _ROUND
@@ -271,13 +274,13 @@ def exp2(x):
 
 
 @inline
-def sigmoid(x):
+def sigmoid(x: Any) -> Any:
     """1 / (1 + e^-x)."""
     return 1.0 / (exp2(x * -1.4426950408889634) + 1.0)
 
 
 @inline
-def softplus(x):
+def softplus(x: Any) -> Any:
     """log(1 + e^x) as max(x, 0) + log1p(e^-|x|), with log1p(v) = 2 artanh(v / (2 + v)) as a polynomial (ours)."""
     positive = larger(0.0, x)
     v = exp2(smaller(x * -1.0, x) * 1.4426950408889634)
@@ -288,162 +291,3 @@ def softplus(x):
     p = fma(q, p, 0.6666631468215598)
     p = fma(q, p, 2.000000007921038)
     return fma(s, p, positive)
-
-
-# Elements in memory: the float32 of the kernels, bfloat16 as the upper half of a float32, IEEE float16.
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-
-
-def _widen(builder: Any, value: Any, code: int, width: int | None) -> Any:
-    """Converts what memory holds to float32; ``width`` is None for one element."""
-
-    def of(element: Any) -> Any:
-        return element if width is None else ir.VectorType(element, width)
-
-    if code == FLOAT16:
-        return builder.fpext(value, of(_F32))
-    shift = ir.Constant(_I32, 16) if width is None else _constant(_I32, 16, width)
-    return builder.bitcast(builder.shl(builder.zext(value, of(_I32)), shift), of(_F32))
-
-
-def _narrow(builder: Any, value: Any, code: int, width: int | None) -> Any:
-    """Rounds float32 to nearest, ties to even, for memory."""
-
-    def of(element: Any) -> Any:
-        return element if width is None else ir.VectorType(element, width)
-
-    def constant(number: int) -> Any:
-        return ir.Constant(_I32, number) if width is None else _constant(_I32, number, width)
-
-    if code == FLOAT16:
-        return builder.fptrunc(value, of(_F16))
-    bits = builder.bitcast(value, of(_I32))
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    quiet = builder.or_(bits, constant(0x400000))
-    chosen = builder.select(is_nan, quiet, rounded)
-    return builder.trunc(builder.lshr(chosen, constant(16)), of(_I16))
-
-
-def _element_reader(code: int, width: int | None) -> Any:
-    element = {FLOAT32: _F32, BFLOAT16: _I16, FLOAT16: _F16}[code]
-    align = 4 if code == FLOAT32 else 2
-
-    @intrinsic
-    def read(typingctx: Any, address: Any) -> Any:
-        def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = element if width is None else ir.VectorType(element, width)
-            value = builder.load(_pointer(builder, args[0], kind), align=align)
-            return value if code == FLOAT32 else _widen(builder, value, code, width)
-
-        return (types.float32 if width is None else vec16)(types.int64), build
-
-    return read
-
-
-def _element_writer(code: int, width: int | None) -> Any:
-    align = 4 if code == FLOAT32 else 2
-
-    @intrinsic
-    def write(typingctx: Any, address: Any, value: Any) -> Any:
-        def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            stored = args[1] if code == FLOAT32 else _narrow(builder, args[1], code, width)
-            builder.store(stored, _pointer(builder, args[0], stored.type), align=align)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.float32 if width is None else vec16), build
-
-    return write
-
-
-_read_f32, _read_bf16, _read_f16 = (_element_reader(code, None) for code in (FLOAT32, BFLOAT16, FLOAT16))
-_read16_bf16, _read16_f16 = (_element_reader(code, LANES) for code in (BFLOAT16, FLOAT16))
-_write_f32, _write_bf16, _write_f16 = (_element_writer(code, None) for code in (FLOAT32, BFLOAT16, FLOAT16))
-_write16_bf16, _write16_f16 = (_element_writer(code, LANES) for code in (BFLOAT16, FLOAT16))
-
-
-@inline
-def read_one(address, dtype):
-    """Reads one element as float32."""
-    if dtype == FLOAT32:
-        return _read_f32(address)
-    if dtype == BFLOAT16:
-        return _read_bf16(address)
-    return _read_f16(address)
-
-
-@inline
-def read_row(address, dtype):
-    """Reads 16 adjacent elements as float32."""
-    if dtype == FLOAT32:
-        return load16(address)
-    if dtype == BFLOAT16:
-        return _read16_bf16(address)
-    return _read16_f16(address)
-
-
-@inline
-def write_one(address, dtype, value):
-    """Writes one float32 as an element."""
-    if dtype == FLOAT32:
-        _write_f32(address, value)
-    elif dtype == BFLOAT16:
-        _write_bf16(address, value)
-    else:
-        _write_f16(address, value)
-
-
-@inline
-def write_row(address, dtype, row):
-    """Writes 16 adjacent elements."""
-    if dtype == FLOAT32:
-        store(address, row)
-    elif dtype == BFLOAT16:
-        _write16_bf16(address, row)
-    else:
-        _write16_f16(address, row)
-
-
-@intrinsic
-def transpose_square(typingctx: Any, address: Any) -> Any:
-    """Transposes 16 rows of 16 floats in place, by four rounds of interleaving row i with row i + 8."""
-
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        row = ir.VectorType(_F32, LANES)
-        pointer = _pointer(builder, args[0], row)
-        places = [builder.gep(pointer, [ir.Constant(_I32, i)]) for i in range(LANES)]
-        rows = [builder.load(place, align=4) for place in places]
-        half = LANES // 2
-        low = _mask([i // 2 + LANES * (i % 2) for i in range(LANES)])
-        high = _mask([half + i // 2 + LANES * (i % 2) for i in range(LANES)])
-        for _ in range(4):
-            pairs = [(rows[i], rows[i + half]) for i in range(half)]
-            rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in (low, high)]
-        for place, value in zip(places, rows, strict=True):
-            builder.store(value, place, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), build
-
-
-@intrinsic
-def sum_rows(typingctx: Any, address: Any) -> Any:
-    """Returns the sums of 16 rows of 16 floats, by halves: lane i is the sum of row i."""
-
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(builder, args[0], ir.VectorType(_F32, LANES))
-        rows = [builder.load(builder.gep(pointer, [ir.Constant(_I32, i)]), align=4) for i in range(LANES)]
-        # A vector holds 16 / width rows, each still spread over `width` lanes; a round halves the width.
-        width = LANES
-        while len(rows) > 1:
-            half, rounds = width // 2, []
-            kept = [lane for lane in range(2 * LANES) if lane % width < half]
-            for a, b in zip(rows[::2], rows[1::2], strict=True):
-                left = builder.shuffle_vector(a, b, _mask(kept))
-                right = builder.shuffle_vector(a, b, _mask(lane + half for lane in kept))
-                rounds.append(builder.fadd(left, right))
-            rows, width = rounds, half
-        return rows[0]
-
-    return vec16(types.int64), build

@@ -103,7 +103,7 @@ def backend_choice(
         return _fastest(device, dtype)
     if backend not in available_backends():
         available = ", ".join(available_backends())
-        raise ValueError(f"{forced_by}={backend!r}: no such scan backend here; there are {available}")
+        raise ValueError(f"{forced_by}={backend!r}: no such scan backend; there are {available}")
     if not _BACKENDS[backend].serves(device, dtype):
         raise ValueError(f"{forced_by}={backend!r} does not run on {device.type} with {_short(dtype)}")
     return BackendChoice(backend, f"forced by {forced_by}")
@@ -117,7 +117,9 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> BackendChoice:
             return BackendChoice(name, "; ".join(reasons))
         if entry.devices in ("any", device.type):
             serves = f"serves {', '.join(_short(x) for x in entry.dtypes)}"
-            reasons.append(f"{name} {serves if entry.is_installed else f'needs the package {entry.requires}'}")
+            reasons.append(
+                f"{name} {serves if entry.is_installed else f'needs the package {entry.requires}'}"
+            )
     raise ValueError(f"no scan backend serves {device.type} with {dtype}")
 
 
