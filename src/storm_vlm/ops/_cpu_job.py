@@ -127,12 +127,7 @@ class Job:
 
     def to_tiles(self, states: torch.Tensor) -> torch.Tensor:
         """Brings ``(b, d, n)`` into a table, with zeros where it is padded."""
-        grouped = states.to(torch.float32).unflatten(1, (self.groups, -1))  # (b, g, e, n)
-        e, n = grouped.shape[2:]
-        n_padding = 0 if n == 1 else self.states - n
-        padded = functional.pad(grouped, (0, n_padding, 0, self.group_tiles * LANES - e))
-        by_tile = padded.unflatten(2, (-1, LANES)).transpose(3, 4)  # (b, g, tile, n, 16)
-        return by_tile.flatten(1, 2).contiguous()
+        return self._table(functional.pad(states.to(torch.float32), (0, self.states - self.n)))
 
     def from_tiles(self, table: torch.Tensor) -> torch.Tensor:
         """Brings a table back to ``(b, d, n)``, or ``(b, d, 1)`` where it has one number for each channel."""
@@ -169,7 +164,13 @@ class Job:
     def _channels_table(self, values: torch.Tensor | None) -> int:
         if values is None:
             return self._address(self.zeros_of_channels())
-        return self._address(self.to_tiles(values[None, :, None]))
+        return self._address(self._table(values.to(torch.float32)[None, :, None]))
+
+    def _table(self, values: torch.Tensor) -> torch.Tensor:
+        """Brings ``(b, d, k)`` into tiles, ``(b, tile, k, 16)``."""
+        grouped = values.unflatten(1, (self.groups, -1))  # (b, g, e, k)
+        padded = functional.pad(grouped, (0, 0, 0, self.group_tiles * LANES - grouped.shape[2]))
+        return padded.unflatten(2, (-1, LANES)).transpose(3, 4).flatten(1, 2).contiguous()
 
     def _address(self, tensor: torch.Tensor | None) -> int:
         if tensor is None:
