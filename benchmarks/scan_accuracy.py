@@ -96,7 +96,9 @@ def main() -> int:
         table.add_row(row, *(f"{errors[row]:.1e}" for _, errors in figures.values()))
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({name: errors for name, (_, errors) in figures.items()}, indent=2))
+        arguments.json.write_text(
+            json.dumps({name: errors for name, (_, errors) in figures.items()}, indent=2)
+        )
     too_large = [name for name, (dtype, errors) in figures.items() if max(errors.values()) > LIMITS[dtype]]
     return 1 if too_large else 0
 

@@ -10,7 +10,7 @@ import torch
 
 from storm_vlm.ops import available_backends, selective_scan
 from tests.numerics import assert_matches
-from tests.ops.test_selective_scan import check_against_definition, make_inputs, run
+from tests.ops.test_selective_scan import make_inputs, run
 
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="numba is not installed")
 
@@ -45,8 +45,8 @@ def threads():
     torch.set_num_threads(number)
 
 
-@pytest.mark.parametrize("d", [1, 15, 16, 17, 64, 100])
-@pytest.mark.parametrize("length", [15, 16, 17, 100])
+@pytest.mark.parametrize("d", [1, 17, 64, 100])
+@pytest.mark.parametrize("length", [15, 16, 50])
 @pytest.mark.parametrize("order", ["channels adjacent", "steps adjacent", "mixed", "neither adjacent"])
 def test_memory_orders(d, length, order):
     """Tiles and chunks that are cut short, read and written in each memory order."""
@@ -92,8 +92,11 @@ def test_different_groups_of_input_and_output_weights(reverse):
 
 
 def test_results_on_large_pages():
-    """Outputs large enough for the hint to the kernel, and several threads."""
-    check_against_definition(make_inputs(600, b=1, d=2000, n=2), backend="cpu")
+    """Outputs large enough for the hint to the system, on several threads."""
+    inputs = {name: value.float() for name, value in make_inputs(1100, b=1, d=1000, n=4).items()}
+    want = run({name: value.double() for name, value in inputs.items()}, backend="torch")
+    for name, value in results(inputs).items():
+        assert_matches(name, value, want[name], dtype=torch.float32)
 
 
 def test_mixed_dtypes():
@@ -199,11 +202,11 @@ print(sum(_cpu_kernels.forward.stats.cache_hits.values()))
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "1"
 
 
-def test_no_folder_to_cache_in(tmp_path):
-    """A file where the cache folder should be: the scan is compiled anew, and says so."""
+def test_no_folder_to_cache_in():
+    """The scan is compiled anew in each process, and says so."""
     code = """
-import logging
-logging.basicConfig(level="WARNING")
+import logging, sys
+logging.basicConfig(level="WARNING", stream=sys.stdout)
 import numba.core.caching
 numba.core.caching.CacheImpl._locator_classes = []
 import torch
@@ -211,4 +214,6 @@ from storm_vlm.ops import selective_scan
 x = torch.ones(1, 3, 5)
 print(selective_scan(x, x, -torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2), backend="cpu").shape)
 """
-    assert "3, 5" in python(code)
+    printed = python(code)
+    assert "compiled again in each process" in printed
+    assert "3, 5" in printed
