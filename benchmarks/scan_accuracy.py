@@ -95,6 +95,7 @@ def main() -> int:
         f"{backend} {str(dtype).removeprefix('torch.')}": (dtype, measure(backend, dtype))
         for backend in backends
         for dtype in LIMITS
+        if backend in available_backends(dtype)
     }
     table = Table(title="largest relative error against the float64 definition")
     table.add_column("")

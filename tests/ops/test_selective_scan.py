@@ -12,6 +12,7 @@ from tests.numerics import assert_matches
 FAST_BACKENDS = [name for name in available_backends() if name != "reference"]
 LENGTHS = [1, 63, 64, 65, 200, *(pytest.param(length, marks=pytest.mark.slow) for length in (1000, 4097))]
 IN_FLOAT32 = ("A", "D", "delta_bias", "initial_state")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = ["D", "z", "delta_bias", "delta_softplus", "initial_state"]
 
 
@@ -42,8 +43,18 @@ def make_inputs(length, *, b=2, d=6, n=4, groups=None, constant=(), without=(), 
     return {name: value for name, value in inputs.items() if name not in without}
 
 
-def run(inputs, *, backend, softplus=True, reverse=False, dtype=torch.float64, rounding=torch.float64):
+def widest(backend):
+    """The most precise dtype that a backend serves: what is tested of it where no dtype is named."""
+    return next(dtype for dtype in DTYPES if backend in available_backends(dtype))
+
+
+def in_widest(inputs, backend):
+    return {name: value.to(widest(backend)) for name, value in inputs.items()}
+
+
+def run(inputs, *, backend, softplus=True, reverse=False, dtype=None, rounding=torch.float64):
     """Returns output, last state and the gradient of every input by name; what flows back is rounded too."""
+    dtype = dtype or widest(backend)
     own = dtype if dtype == torch.float64 else torch.float32
     leaves = {
         name: value.to(own if name in IN_FLOAT32 else dtype).detach().requires_grad_()
@@ -64,16 +75,21 @@ def run(inputs, *, backend, softplus=True, reverse=False, dtype=torch.float64, r
     return {"output": out, "last state": state, **dict(zip(names, gradients, strict=True))}
 
 
-def check_against_definition(inputs, *, backend, softplus=True, reverse=False, dtype=torch.float64):
+def check_against_definition(inputs, *, backend, softplus=True, reverse=False, dtype=None):
     """Inputs are exact in ``dtype``, so that each result is held to the limits of the dtype that it has."""
+    dtype = dtype or widest(backend)
+    inputs = {name: value.to(dtype).double() for name, value in inputs.items()}
     got = run(inputs, backend=backend, softplus=softplus, reverse=reverse, dtype=dtype, rounding=dtype)
     want = run(inputs, backend="reference", softplus=softplus, reverse=reverse, rounding=dtype)
     for name, value in want.items():
         assert_matches(name, got[name].cpu(), value)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, dtype) for name in FAST_BACKENDS for dtype in DTYPES if name in available_backends(dtype)],
+    ids=str,
+)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_equals_the_definition(backend, dtype, length, reverse):
@@ -137,9 +153,12 @@ def test_strong_decay_does_not_overflow(backend, reverse):
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_gradients_of_some_inputs_through_the_last_state_alone(backend):
-    inputs = make_inputs(40)
+    rounded = in_widest(make_inputs(40), backend)
 
     def gradients(backend):
+        inputs = (
+            rounded if backend != "reference" else {name: value.double() for name, value in rounded.items()}
+        )
         leaves = {name: inputs[name].detach().requires_grad_() for name in ("delta", "B")}
         _, state = selective_scan(
             **inputs | leaves, delta_softplus=True, return_last_state=True, backend=backend
@@ -152,7 +171,7 @@ def test_gradients_of_some_inputs_through_the_last_state_alone(backend):
 
 @pytest.mark.parametrize("backend", available_backends())
 def test_strided_inputs(backend):
-    inputs = make_inputs(50)
+    inputs = in_widest(make_inputs(50), backend)
     strided = dict(inputs)
     for name in ("u", "delta", "z", "B", "C"):
         strided[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
@@ -166,7 +185,7 @@ def test_strided_inputs(backend):
         assert_matches(name, got[name], want)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in FAST_BACKENDS if widest(name) == torch.float64])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_gradcheck(backend, reverse):
     inputs = {name: value.requires_grad_() for name, value in make_inputs(37, b=1, d=2, n=2).items()}
@@ -184,7 +203,7 @@ def test_gradcheck(backend, reverse):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("pieces", [[1] * 20, [7, 13], [64, 1, 35]], ids=str)
 def test_pieces_with_a_carried_state_equal_the_whole(backend, reverse, pieces):
-    inputs = make_inputs(sum(pieces))
+    inputs = in_widest(make_inputs(sum(pieces)), backend)
     want, want_state = selective_scan(
         **inputs, delta_softplus=True, return_last_state=True, reverse=reverse, backend=backend
     )
@@ -201,7 +220,7 @@ def test_pieces_with_a_carried_state_equal_the_whole(backend, reverse, pieces):
 
 @pytest.mark.parametrize("backend", available_backends())
 def test_reverse_is_the_flipped_scan_flipped_back(backend):
-    inputs = make_inputs(77)
+    inputs = in_widest(make_inputs(77), backend)
     flipped = inputs | {name: inputs[name].flip(-1) for name in ("u", "delta", "z", "B", "C")}
     reverse = selective_scan(**inputs, delta_softplus=True, reverse=True, backend=backend)
     assert_matches(
@@ -271,7 +290,8 @@ def test_training_keeps_no_state_of_each_step(backend):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         selective_scan(**inputs, delta_softplus=True, backend=backend)
-    assert sum(saved.values()) < 6 * b * d * length < b * length * d * n / 10
+    # The cpu backend keeps a state for each 16 steps, the torch backend one for each segment.
+    assert sum(saved.values()) < 8 * b * d * length < b * length * d * n / 5
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -321,6 +341,15 @@ def test_the_slow_definition_is_said_once_in_the_log(caplog):
         ("WARNING", "reference"),
         ("INFO", "torch"),
     ]
+
+
+def test_choice_names_the_faster_backend_that_does_not_serve_the_dtype():
+    assert backend_choice("cpu").name == "cpu"
+    choice = backend_choice("cpu", dtype=torch.float64)
+    assert choice.name == "torch"
+    assert "cpu serves float32, bfloat16, float16" in choice.reason
+    with pytest.raises(ValueError, match="backend='cpu' does not run on cpu with float64"):
+        selective_scan(**make_inputs(5), backend="cpu")
 
 
 @pytest.mark.gpu

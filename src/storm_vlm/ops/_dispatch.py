@@ -1,6 +1,7 @@
 """Chooses the backend of a selective scan: by device and availability, or as forced by argument or environment."""
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -35,50 +36,95 @@ class _Backend:
 
     scan: Callable[[ScanArguments], tuple[torch.Tensor, torch.Tensor]]
     devices: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    requires: str | None = None
     is_definition: bool = False
 
-    def serves(self, device: torch.device) -> bool:
-        """Whether the backend runs on this device."""
-        return self.devices in ("any", device.type)
+    @property
+    def is_installed(self) -> bool:
+        """Whether the package that the backend needs is there; it is not imported."""
+        return self.requires is None or importlib.util.find_spec(self.requires) is not None
+
+    def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the backend runs here, on this device and with inputs of this dtype."""
+        return self.is_installed and self.devices in ("any", device.type) and dtype in self.dtypes
+
+
+def _scan_on_cpu(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Imports the compiled backend when it is first needed."""
+    from storm_vlm.ops import _cpu
+
+    return _cpu.scan(arguments)
 
 
 # Fastest first.
 _BACKENDS = {
+    "cpu": _Backend(
+        _scan_on_cpu,
+        devices="cpu",
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        requires="numba",
+    ),
     "torch": _Backend(_torch.scan, devices="any"),
     "reference": _Backend(_reference.scan, devices="any", is_definition=True),
 }
 
 
-def available_backends() -> tuple[str, ...]:
-    """Returns the names of the backends that this installation has, fastest first."""
-    return tuple(_BACKENDS)
+def available_backends(dtype: torch.dtype | None = None) -> tuple[str, ...]:
+    """Returns the names of the backends that this installation has, fastest first; of those for a dtype if given."""
+    return tuple(
+        name
+        for name, entry in _BACKENDS.items()
+        if entry.is_installed and (dtype is None or dtype in entry.dtypes)
+    )
 
 
-def backend_choice(device: torch.device | str, backend: str | None = None) -> BackendChoice:
+def backend_choice(
+    device: torch.device | str, backend: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> BackendChoice:
     """Returns the backend that runs on a device.
 
     Args:
         device: Device of the inputs.
         backend: A backend to force; the variable ``STORM_SCAN_BACKEND`` or the fastest one if None.
+        dtype: Dtype of the input ``u``.
 
     Returns:
         The backend's name and the reason.
 
     Raises:
-        ValueError: The backend forced is unknown or does not run on the device.
+        ValueError: The backend forced is unknown, or does not run on the device or with the dtype.
     """
     device = torch.device(device)
     forced_by = "argument backend"
     if backend is None and (backend := os.environ.get(BACKEND_VARIABLE) or None):
         forced_by = BACKEND_VARIABLE
     if backend is None:
-        name = next(name for name, entry in _BACKENDS.items() if entry.serves(device))
-        return BackendChoice(name, f"fastest backend here for {device.type}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"{forced_by}={backend!r}: no such scan backend; there are {', '.join(_BACKENDS)}")
-    if not _BACKENDS[backend].serves(device):
-        raise ValueError(f"{forced_by}={backend!r} does not run on {device.type}")
+        return _fastest(device, dtype)
+    if backend not in available_backends():
+        available = ", ".join(available_backends())
+        raise ValueError(f"{forced_by}={backend!r}: no such scan backend; there are {available}")
+    if not _BACKENDS[backend].serves(device, dtype):
+        raise ValueError(f"{forced_by}={backend!r} does not run on {device.type} with {_short(dtype)}")
     return BackendChoice(backend, f"forced by {forced_by}")
+
+
+def _fastest(device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """Returns the first backend of the table that serves, and says which faster one does not and why."""
+    reasons = [f"fastest backend here for {device.type} {_short(dtype)}"]
+    for name, entry in _BACKENDS.items():
+        if entry.serves(device, dtype):
+            return BackendChoice(name, "; ".join(reasons))
+        if entry.devices in ("any", device.type):
+            serves = f"serves {', '.join(_short(x) for x in entry.dtypes)}"
+            reasons.append(
+                f"{name} {serves if entry.is_installed else f'needs the package {entry.requires}'}"
+            )
+    raise ValueError(f"no scan backend serves {device.type} with {dtype}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def selective_scan(
@@ -127,7 +173,7 @@ def selective_scan(
         arguments mean the same here; ``initial_state`` and ``reverse`` are ours.
     """
     arguments = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse)
-    choice = backend_choice(u.device, backend)
+    choice = backend_choice(u.device, backend, dtype=u.dtype)
     _log_once(choice)
     out, last_state = _BACKENDS[choice.name].scan(arguments)
     return (out, last_state) if return_last_state else out
