@@ -1,7 +1,6 @@
 """The Mamba mixer: one selective state-space layer over visual tokens, in one or both directions.
 
-Shapes: ``b`` batch, ``l`` sequence, ``d`` inner channels, ``n`` state size. Model tensors are ``(b, l, d_model)``,
-scan tensors ``(b, d, l)``.
+Shapes: ``b`` batch, ``l`` sequence, ``d`` inner channels, ``n`` state size.
 """
 
 import math
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import initialization as init
 
-from storm_vlm.ops import selective_scan
+from storm_vlm.ops import mamba_inner
 
 # Range of the time steps at initialisation (Mamba, section 3.6).
 _DELTA_MIN, _DELTA_MAX, _DELTA_FLOOR = 1e-3, 1e-1, 1e-4
@@ -101,11 +100,13 @@ class MambaMixer(nn.Module):
         """
         if chunk_size is not None and hidden_states.shape[1] > chunk_size:
             return self._forward_in_chunks(hidden_states, chunk_size)
-        x, z = self._project_in(hidden_states)
-        y = self._run(self._directions[0], x, z, state=None)[0]
-        for direction in self._directions[1:]:
-            y = y + self._run(direction, x, z, state=None)[0]
-        return self.out_proj(y.transpose(1, 2))  # (b, d, l) -> (b, l, d)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (b, l, 2d) -> 2 x (b, l, d)
+        y = None
+        *others, last = self._directions
+        for direction in others:
+            y, _ = self._run(direction, x, None, None, y)
+        y, _ = self._run(last, x, z, None, y)
+        return self.out_proj(y)
 
     def step(
         self, hidden_states: torch.Tensor, state: MambaState | None = None
@@ -127,9 +128,9 @@ class MambaMixer(nn.Module):
             raise ValueError(
                 "a bidirectional MambaMixer has no streaming state: build it with bidirectional=False"
             )
-        x, z = self._project_in(hidden_states)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (b, l, 2d) -> 2 x (b, l, d)
         y, state = self._run(self._directions[0], x, z, state)
-        return self.out_proj(y.transpose(1, 2)), state  # (b, d, l) -> (b, l, d)
+        return self.out_proj(y), state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -165,62 +166,59 @@ class MambaMixer(nn.Module):
             nn.Parameter(torch.empty(self.d_inner)),
         )
 
-    def _project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the input and the gate of the scan, each ``(b, d, l)``."""
-        x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (b, l, 2d) -> 2 x (b, d, l)
-        return x, z
-
     def _run(
-        self, direction: _Direction, x: torch.Tensor, z: torch.Tensor, state: MambaState | None
+        self,
+        direction: _Direction,
+        x: torch.Tensor,
+        z: torch.Tensor | None,
+        state: MambaState | None,
+        earlier: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MambaState]:
-        """Convolves and scans ``x`` in one direction; ``state`` comes from the piece scanned before."""
-        u, conv_state = self._convolve(direction, x, None if state is None else state.conv_state)
-        # (b, d, l) -> (b, l, dt_rank + 2n)
-        projected = direction.x_proj(u.transpose(1, 2))
-        low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, ssm_state = selective_scan(
-            u,
-            functional.linear(low_rank, direction.dt_proj.weight).transpose(1, 2),  # (b, l, d) -> (b, d, l)
+        """Convolves and scans ``x`` in one direction, and gates its sum with what an earlier direction gave."""
+        y, conv_state, ssm_state = mamba_inner(
+            x,
+            direction.conv1d.weight[:, 0],
+            direction.conv1d.bias,  # type: ignore[arg-type]  # built with a bias
+            direction.x_proj.weight,
+            direction.dt_proj.weight,
+            direction.dt_proj.bias,
             -torch.exp(direction.A_log.to(torch.promote_types(direction.A_log.dtype, torch.float32))),
-            B.transpose(1, 2),  # (b, l, n) -> (b, n, l)
-            C.transpose(1, 2),
-            D=direction.D,
-            z=z,
-            delta_bias=direction.dt_proj.bias,
-            delta_softplus=True,
-            return_last_state=True,
-            initial_state=None if state is None else state.ssm_state,
+            direction.D,
+            z,
+            earlier=earlier,
+            conv_state=None if state is None else state.conv_state,
+            ssm_state=None if state is None else state.ssm_state,
             reverse=direction.reverse,
         )
         return y, MambaState(conv_state, ssm_state)
 
-    def _convolve(
-        self, direction: _Direction, x: torch.Tensor, conv_state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Depthwise convolution over the current and the ``d_conv - 1`` tokens scanned before, then SiLU."""
-        tail = self.d_conv - 1
-        if conv_state is None:
-            conv_state = x.new_zeros(*x.shape[:2], tail)
-        weight = direction.conv1d.weight
-        if direction.reverse:
-            padded, weight = torch.cat([x, conv_state], dim=-1), weight.flip(-1)
-            next_state = padded[..., :tail]
-        else:
-            padded = torch.cat([conv_state, x], dim=-1)
-            next_state = padded[..., padded.shape[-1] - tail :]
-        u = functional.conv1d(padded, weight, direction.conv1d.bias, groups=self.d_inner)
-        return functional.silu(u), next_state
-
     def _forward_in_chunks(self, hidden_states: torch.Tensor, chunk_size: int) -> torch.Tensor:
-        """Runs each direction piece by piece, carrying its state, and adds its output into one buffer."""
-        pieces = hidden_states.split(chunk_size, dim=1)
-        mixed = torch.zeros_like(hidden_states)
-        for direction in self._directions:
-            state = None
-            order = range(len(pieces))
-            for index in reversed(order) if direction.reverse else order:
-                x, z = self._project_in(pieces[index])
-                y, state = self._run(direction, x, z, state)
-                start = index * chunk_size
-                mixed[:, start : start + pieces[index].shape[1]] += self.out_proj(y.transpose(1, 2))
+        """Runs each direction piece by piece, carrying its state; what the first one gives is kept whole."""
+        pieces = [slice(i, i + chunk_size) for i in range(0, hidden_states.shape[1], chunk_size)]
+        *others, last = self._directions
+        earlier = self._scan_pieces(others[0], hidden_states, pieces) if others else None
+        state, mixed = None, torch.empty_like(hidden_states)
+        for steps in reversed(pieces) if last.reverse else pieces:
+            x, z = self.in_proj(hidden_states[:, steps]).chunk(2, dim=-1)
+            y, state = self._run(last, x, z, state, None if earlier is None else earlier[:, steps])
+            mixed[:, steps] = self.out_proj(y)
         return mixed
+
+    def _scan_pieces(
+        self, direction: _Direction, hidden_states: torch.Tensor, pieces: list[slice]
+    ) -> torch.Tensor | None:
+        """Returns the ungated output of one direction, ``(b, l, d)``."""
+        state, total = None, None
+        for steps in pieces:
+            y, state = self._run(direction, self._project_x(hidden_states[:, steps]), None, state)
+            if total is None:
+                total = y.new_empty(*hidden_states.shape[:2], self.d_inner)
+            total[:, steps] = y
+        return total
+
+    def _project_x(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the scan without its gate, ``(b, l, d)``."""
+        if type(self.in_proj) is nn.Linear:
+            return functional.linear(hidden_states, self.in_proj.weight[: self.d_inner])
+        # An adapter may stand in its place.
+        return self.in_proj(hidden_states)[..., : self.d_inner]

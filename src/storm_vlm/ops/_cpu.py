@@ -17,6 +17,7 @@ from storm_vlm.ops._arguments import ScanArguments
 from storm_vlm.ops._cpu_job import Job
 from storm_vlm.ops._cpu_kernels import backward, forward
 from storm_vlm.ops._cpu_memory import on_large_pages
+from storm_vlm.ops._cpu_tensors import readable
 
 
 def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +77,7 @@ class _SelectiveScan(torch.autograd.Function):
         job = Job(*tensors, delta_softplus=ctx.delta_softplus, reverse=ctx.reverse)
         planes = {"grad_u": u, "grad_delta": delta, "grad_z": z}
         planes = {
-            name: None if x is None else on_large_pages(torch.empty_like(job.readable(x)))
+            name: None if x is None else on_large_pages(torch.empty_like(readable(x)))
             for name, x in planes.items()
         }
         tables = {
@@ -89,7 +90,7 @@ class _SelectiveScan(torch.autograd.Function):
         }
         job.run(
             backward,
-            planes={"grad_out": job.readable(grad_out), **planes},
+            planes={"grad_out": readable(grad_out), **planes},
             tables={"checkpoints": checkpoints, **tables},
         )
         gradients = (

@@ -10,19 +10,25 @@ from storm_vlm.ops._cpu_vector import (
     F32,
     I32,
     LANES,
+    STATES,
     constant_of,
     inline,
     load16,
+    load64,
     mask_of,
     pointer_to,
     store,
     vec16,
+    vec64,
 )
 
 I16, F16 = ir.IntType(16), ir.HalfType()
 
 # Elements in memory: the float32 of the kernels, bfloat16 as the upper half of a float32, IEEE float16.
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+# What one element, a row of 16 and a block of 64 are in the kernels.
+_BLOCK = STATES * LANES
+_VALUES = {None: types.float32, LANES: vec16, _BLOCK: vec64}
 
 
 def _widen(builder: Any, value: Any, code: int, width: int | None) -> Any:
@@ -68,7 +74,7 @@ def _element_reader(code: int, width: int | None) -> Any:
             value = builder.load(pointer_to(builder, args[0], kind), align=align)
             return value if code == FLOAT32 else _widen(builder, value, code, width)
 
-        return (types.float32 if width is None else vec16)(types.int64), build
+        return _VALUES[width](types.int64), build
 
     return read
 
@@ -83,15 +89,17 @@ def _element_writer(code: int, width: int | None) -> Any:
             builder.store(stored, pointer_to(builder, args[0], stored.type), align=align)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.float32 if width is None else vec16), build
+        return types.void(types.int64, _VALUES[width]), build
 
     return write
 
 
 _read_f32, _read_bf16, _read_f16 = (_element_reader(code, None) for code in (FLOAT32, BFLOAT16, FLOAT16))
 _read16_bf16, _read16_f16 = (_element_reader(code, LANES) for code in (BFLOAT16, FLOAT16))
+_read64_bf16, _read64_f16 = (_element_reader(code, _BLOCK) for code in (BFLOAT16, FLOAT16))
 _write_f32, _write_bf16, _write_f16 = (_element_writer(code, None) for code in (FLOAT32, BFLOAT16, FLOAT16))
 _write16_bf16, _write16_f16 = (_element_writer(code, LANES) for code in (BFLOAT16, FLOAT16))
+_write64_bf16, _write64_f16 = (_element_writer(code, _BLOCK) for code in (BFLOAT16, FLOAT16))
 
 
 @inline
@@ -134,6 +142,27 @@ def write_row(address: int, dtype: int, row: Any) -> None:
         _write16_bf16(address, row)
     else:
         _write16_f16(address, row)
+
+
+@inline
+def read_block(address: int, dtype: int) -> Any:
+    """Reads 64 adjacent elements as float32."""
+    if dtype == FLOAT32:
+        return load64(address)
+    if dtype == BFLOAT16:
+        return _read64_bf16(address)
+    return _read64_f16(address)
+
+
+@inline
+def write_block(address: int, dtype: int, block: Any) -> None:
+    """Writes 64 adjacent elements."""
+    if dtype == FLOAT32:
+        store(address, block)
+    elif dtype == BFLOAT16:
+        _write64_bf16(address, block)
+    else:
+        _write64_f16(address, block)
 
 
 @intrinsic

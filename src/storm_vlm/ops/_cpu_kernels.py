@@ -7,15 +7,9 @@ backward pass starts from it, recomputes the states of one chunk, and runs throu
 Each value is written by one tile or slab only and summed in one order: results do not depend on the number of threads.
 """
 
-import hashlib
-import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numba import njit
-
+from storm_vlm.ops._cpu_compile import Kernel
 from storm_vlm.ops._cpu_elements import FLOAT32, read_one, sum_rows, write_one
 from storm_vlm.ops._cpu_layout import (
     CHUNK_STEPS,
@@ -24,6 +18,7 @@ from storm_vlm.ops._cpu_layout import (
     Rows,
     Tile,
     checkpoint_address,
+    described,
     locate,
     next_tile,
     problem_of,
@@ -51,32 +46,15 @@ from storm_vlm.ops._cpu_vector import (
     zeros64,
 )
 
-logger = logging.getLogger(__name__)
-
 _LN2 = 0.6931471805599453
 Vector = Any
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiles a kernel when it is first called, and caches it on disk under the digest of all its sources.
-
-    Numba alone would look at this file only, and miss a change in the others.
-    """
-    sources = sorted(Path(__file__).parent.glob("_cpu_*.py"))
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    function.__qualname__ += f"_{digest}"
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError as error:
-        logger.warning("the selective scan will be compiled again in each process: %s", error)
-        return njit(**options)(function)
-
-
-@_compiled
-def forward(descriptor: np.ndarray, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
+@Kernel
+def forward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
     """Computes output and last state of a range of tiles; ``state`` holds the first state and gets the last."""
-    problem = problem_of(descriptor)
+    d = described(descriptor)
+    problem = problem_of(d)
     rows = scratch_rows(scratch, problem.states)
     tile_bytes = problem.states * ROW_BYTES
     chunks = (problem.length + CHUNK_STEPS - 1) // CHUNK_STEPS
@@ -87,12 +65,14 @@ def forward(descriptor: np.ndarray, scratch: int, batch: int, first_tile: int, e
         for index in range(first_tile, end_tile):
             tile = locate(problem, batch, index)
             following, place = next_tile(problem, tile, first_tile, end_tile, start, 1)
-            prefetch_planes(descriptor, following, place)
+            prefetch_planes(d, following, place)
             state = problem.state + tile_offset(problem, tile, tile_bytes)
             if problem.checkpoints:
                 copy_blocks(state, checkpoint_address(problem, tile, chunks, chunk), tile_bytes)
-            read_planes(descriptor, tile, start, steps, scratch)
-            _begin_steps(problem, tile, steps, rows)
+            read_planes(d, tile, start, steps, scratch)
+            _begin_steps(problem, tile, steps, chunk, chunks, rows)
+            if problem.has_ungated:
+                _add_rows(rows.ungated, rows.y, steps)
             B = weights_address(problem.B, tile, problem.states, start)
             C = weights_address(problem.C, tile, problem.states, start)
             for block in range(problem.states // STATES):
@@ -100,17 +80,20 @@ def forward(descriptor: np.ndarray, scratch: int, batch: int, first_tile: int, e
                 a = load64(problem.A + index * tile_bytes + part)
                 h = _run_states(problem, B, C, block, steps, load64(state + part), a, rows)
                 store(state + part, h)
+            if problem.has_total:
+                copy_blocks(rows.y, rows.total, steps * ROW_BYTES)
             if problem.is_gated:
                 for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
                     gate = load64(rows.z + i)
                     store(rows.y + i, load64(rows.y + i) * gate * sigmoid(gate))
-            write_planes(descriptor, tile, start, steps, scratch)
+            write_planes(d, tile, start, steps, scratch)
 
 
-@_compiled
-def backward(descriptor: np.ndarray, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
+@Kernel
+def backward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
     """Computes the gradients of a range of tiles, whole slabs; ``state`` holds the last state's and gets the first's."""
-    problem = problem_of(descriptor)
+    d = described(descriptor)
+    problem = problem_of(d)
     rows = scratch_rows(scratch, problem.states)
     chunks = (problem.length + CHUNK_STEPS - 1) // CHUNK_STEPS
     for k in range(chunks):
@@ -120,18 +103,18 @@ def backward(descriptor: np.ndarray, scratch: int, batch: int, first_tile: int, 
         for index in range(first_tile, end_tile):
             tile = locate(problem, batch, index)
             following, place = next_tile(problem, tile, first_tile, end_tile, start, 0)
-            prefetch_planes(descriptor, following, place)
+            prefetch_planes(d, following, place)
             if tile.opens_slab:
                 for i in range(0, 2 * problem.states * TILE_BYTES, BLOCK_BYTES):
                     store(rows.grad_B + i, zeros64())
-            read_planes(descriptor, tile, start, steps, scratch)
-            _begin_steps(problem, tile, steps, rows)
+            read_planes(d, tile, start, steps, scratch)
+            _begin_steps(problem, tile, steps, chunk, chunks, rows)
             _gate_gradient(problem, steps, rows)
             _block_gradients(
                 problem, tile, start, steps, checkpoint_address(problem, tile, chunks, chunk), rows
             )
             _finish_gradients(problem, tile, steps, rows)
-            write_planes(descriptor, tile, start, steps, scratch)
+            write_planes(d, tile, start, steps, scratch)
             if tile.closes_slab and problem.B.step:
                 _close_slab(problem, tile, start, steps, rows.grad_B, problem.grad_B)
             if tile.closes_slab and problem.C.step:
@@ -139,8 +122,29 @@ def backward(descriptor: np.ndarray, scratch: int, batch: int, first_tile: int, 
 
 
 @inline
-def _begin_steps(problem: Problem, tile: Tile, steps: int, rows: Rows) -> None:
+def _project_delta(problem: Problem, tile: Tile, chunk: int, chunks: int, rows: Rows) -> None:
+    """Fills the rows of ``raw`` with the product of low-rank time steps and a tile's weights."""
+    weights = problem.delta_weight + tile.number * problem.rank * ROW_BYTES
+    columns = problem.low_rank + (tile.batch * chunks + chunk) * problem.rank * ROW_BYTES
+    first, second, third, fourth = zeros64(), zeros64(), zeros64(), zeros64()
+    for r in range(0, problem.rank * ROW_BYTES, ROW_BYTES):
+        row = repeat(load16(weights + r))
+        # Each reads one column's numbers of four steps.
+        first = fma(spread(columns + r), row, first)
+        second = fma(spread(columns + r + 4 * STATES), row, second)
+        third = fma(spread(columns + r + 8 * STATES), row, third)
+        fourth = fma(spread(columns + r + 12 * STATES), row, fourth)
+    store(rows.raw, first)
+    store(rows.raw + BLOCK_BYTES, second)
+    store(rows.raw + 2 * BLOCK_BYTES, third)
+    store(rows.raw + 3 * BLOCK_BYTES, fourth)
+
+
+@inline
+def _begin_steps(problem: Problem, tile: Tile, steps: int, chunk: int, chunks: int, rows: Rows) -> None:
     """Adds the bias to the rows of ``raw``, and fills ``delta``, ``x = delta u`` and ``y = D u``."""
+    if problem.rank:
+        _project_delta(problem, tile, chunk, chunks, rows)
     bias = repeat(load16(problem.delta_bias + tile.number * ROW_BYTES))
     skip = repeat(load16(problem.D + tile.number * ROW_BYTES))
     for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
@@ -222,7 +226,7 @@ def _recompute_states(
         store(rows.before + k * BLOCK_BYTES, h)
         store(rows.decay + k * BLOCK_BYTES, decay)
         h = fma(decay, h, repeat(load16(rows.x + row)) * weight(B, problem.B.step, i, block))
-        if problem.is_gated:
+        if problem.is_gated and not problem.has_ungated:
             store(rows.y + row, add_dot(load16(rows.y + row), h, weight(C, problem.C.step, i, block)))
     store(rows.before + steps * BLOCK_BYTES, h)
 
@@ -268,6 +272,7 @@ def _finish_gradients(problem: Problem, tile: Tile, steps: int, rows: Rows) -> N
     skip = load16(problem.D + tile.number * ROW_BYTES)
     grad_D = load16(problem.grad_D + offset)
     grad_bias = load16(problem.grad_delta_bias + offset)
+    gated = rows.ungated if problem.has_ungated else rows.y
     for i in range(0, steps * ROW_BYTES, ROW_BYTES):
         u, delta, grad_x = load16(rows.u + i), load16(rows.delta + i), load16(rows.grad_x + i)
         grad_y = load16(rows.grad_y + i)
@@ -278,7 +283,7 @@ def _finish_gradients(problem: Problem, tile: Tile, steps: int, rows: Rows) -> N
             gate = load16(rows.z + i)
             s = sigmoid(gate)
             slope = s * fma(gate, 1.0 - s, 1.0)
-            store(rows.grad_z + i, load16(rows.grad_out + i) * load16(rows.y + i) * slope)
+            store(rows.grad_z + i, load16(rows.grad_out + i) * load16(gated + i) * slope)
         grad_D = fma(grad_y, u, grad_D)
         grad_bias = grad_bias + grad_delta
         store(rows.grad_x + i, fma(grad_x, delta, skip * grad_y))
@@ -311,6 +316,12 @@ def _close_slab(problem: Problem, tile: Tile, start: int, steps: int, sums: int,
 def copy_blocks(source: int, target: int, num_bytes: int) -> None:
     for i in range(0, num_bytes, BLOCK_BYTES):
         store(target + i, load64(source + i))
+
+
+@inline
+def _add_rows(source: int, target: int, steps: int) -> None:
+    for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
+        store(target + i, load64(source + i) + load64(target + i))
 
 
 @inline

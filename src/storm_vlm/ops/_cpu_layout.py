@@ -9,12 +9,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storm_vlm.ops._cpu_vector import BLOCK_BYTES, LANES, ROW_BYTES, inline
+from storm_vlm.ops._cpu_vector import BLOCK_BYTES, LANES, ROW_BYTES, inline, integers
 
 CHUNK_STEPS = 16
 SLAB_TILES = 4
 # Each plane has the scratch row of its number; those before `out` are read, the others written, where there are any.
-PLANES = ("u", "delta", "z", "grad_out", "out", "grad_u", "grad_delta", "grad_z")
+# `ungated` is what a gate takes besides this scan: in the forward pass the output of scans before it, which is added; in
+# the backward pass the sum that was gated. `total` is that sum.
+PLANES = (
+    "u",
+    "delta",
+    "z",
+    "grad_out",
+    "ungated",
+    "out",
+    "grad_u",
+    "grad_delta",
+    "grad_z",
+    "total",
+    "grad_ungated",
+)
 FIRST_WRITTEN = PLANES.index("out")
 _PLANE_FIELDS = 5
 TILE_BYTES = CHUNK_STEPS * ROW_BYTES
@@ -43,6 +57,8 @@ class Problem(NamedTuple):
     """What a kernel works on besides planes; what only the backward pass needs is 0 in the forward pass."""
 
     is_gated: int
+    has_ungated: int
+    has_total: int
     B: Weights
     C: Weights
     length: int
@@ -65,6 +81,14 @@ class Problem(NamedTuple):
     grad_B: int
     grad_C: int
     batches: int
+    # delta as a product: (b, chunk, rank, 16 steps) times (tile, rank, 16); rank 0 where it is a plane.
+    rank: int
+    low_rank: int
+    delta_weight: int
+
+
+# B and C count as four integers each.
+NUM_DESCRIBED = len(PLANES) * _PLANE_FIELDS + len(Problem._fields) + 2 * (len(Weights._fields) - 1)
 
 
 class Tile(NamedTuple):
@@ -87,20 +111,22 @@ class Rows(NamedTuple):
     raw: int  # delta with its bias, before softplus
     z: int
     grad_out: int
+    ungated: int
     y: int
     grad_x: int
     grad_decay: int  # gradient of delta through the decay, over ln 2
     grad_z: int
+    total: int
+    grad_y: int
     delta: int
     x: int
-    grad_y: int
     decay: int
     before: int  # one more block than steps: the state after the chunk
     grad_B: int  # (step, n, 16), summed over the tiles of a slab
     grad_C: int
 
 
-NUM_ROWS = 11
+NUM_ROWS = 13
 
 
 def scratch_bytes(states: int) -> int:
@@ -115,7 +141,8 @@ def scratch_rows(scratch: int, states: int) -> Rows:
     return Rows(
         scratch, scratch + TILE_BYTES, scratch + 2 * TILE_BYTES, scratch + 3 * TILE_BYTES,
         scratch + 4 * TILE_BYTES, scratch + 5 * TILE_BYTES, scratch + 6 * TILE_BYTES, scratch + 7 * TILE_BYTES,
-        scratch + 8 * TILE_BYTES, scratch + 9 * TILE_BYTES, scratch + 10 * TILE_BYTES,
+        scratch + 8 * TILE_BYTES, scratch + 9 * TILE_BYTES, scratch + 10 * TILE_BYTES, scratch + 11 * TILE_BYTES,
+        scratch + 12 * TILE_BYTES,
         blocks, blocks + CHUNK_STEPS * BLOCK_BYTES, sums, sums + states * TILE_BYTES,
     )  # fmt: skip
 
@@ -128,13 +155,21 @@ def plane_of(d: np.ndarray, number: int) -> Plane:
 
 
 @inline
+def described(descriptor: int) -> np.ndarray:
+    """Returns the descriptor at an address."""
+    return integers(descriptor, NUM_DESCRIBED)
+
+
+@inline
 def problem_of(d: np.ndarray) -> Problem:
     """Reads the fields of `Problem`, flattened, that follow the planes in the descriptor."""
     i = len(PLANES) * _PLANE_FIELDS
     return Problem(
-        d[i], Weights(d[i + 1], d[i + 2], d[i + 3], d[i + 4]), Weights(d[i + 5], d[i + 6], d[i + 7], d[i + 8]),
-        d[i + 9], d[i + 10], d[i + 11], d[i + 12], d[i + 13], d[i + 14], d[i + 15], d[i + 16], d[i + 17],
-        d[i + 18], d[i + 19], d[i + 20], d[i + 21], d[i + 22], d[i + 23], d[i + 24], d[i + 25],
+        d[i], d[i + 1], d[i + 2],
+        Weights(d[i + 3], d[i + 4], d[i + 5], d[i + 6]), Weights(d[i + 7], d[i + 8], d[i + 9], d[i + 10]),
+        d[i + 11], d[i + 12], d[i + 13], d[i + 14], d[i + 15], d[i + 16], d[i + 17], d[i + 18], d[i + 19],
+        d[i + 20], d[i + 21], d[i + 22], d[i + 23], d[i + 24], d[i + 25], d[i + 26], d[i + 27], d[i + 28],
+        d[i + 29], d[i + 30],
     )  # fmt: skip
 
 

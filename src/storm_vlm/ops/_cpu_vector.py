@@ -12,8 +12,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
@@ -203,6 +204,45 @@ def prefetch(typingctx: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), build
+
+
+@intrinsic
+def _void_pointer(typingctx: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), build
+
+
+@inline
+def integers(address: int, count: int) -> np.ndarray:
+    """Returns the integers at an address."""
+    return carray(_void_pointer(address), (count,), np.int64)
+
+
+@intrinsic
+def call_kernel(typingctx: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    """Calls the C function at an address with five integers."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        integer = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [integer] * 5)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), build
+
+
+@intrinsic
+def call_integer(typingctx: Any, address: Any) -> Any:
+    """Calls the C function at an address, which takes nothing and returns an int."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(I32, [])
+        result = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+        return builder.sext(result, ir.IntType(64))
+
+    return types.int64(types.int64), build
 
 
 @intrinsic
