@@ -25,6 +25,7 @@ from storm_vlm.ops._cpu_vector import (
     inline,
     integers,
     load64,
+    prefetch,
     sigmoid,
     store,
     zeros64,
@@ -33,6 +34,7 @@ from storm_vlm.ops._cpu_vector import (
 # Elements that are worth a thread of their own: about 0.1 ms (ours).
 _ELEMENTS_PER_THREAD = 2**16
 _NUM_PLANES = 5
+ROWS_AHEAD = 16
 CHANNELS = STATES * LANES  # of a block
 _PLANE_FIELDS = len(Plane._fields)
 
@@ -184,6 +186,7 @@ def _forward(descriptor: int, scratch: int, batch: int, first: int, end: int) ->
     c = _convolution_of(descriptor)
     for step in range(c.length):
         for block in range(first, end):
+            _prefetch(c.x, batch, step, block)
             total = _taps_of(c, batch, step, block, scratch)
             _write(c, c.written, batch, step, block, total * sigmoid(total), scratch)
 
@@ -219,6 +222,7 @@ def _gradient(descriptor: int, scratch: int, batch: int, first: int, end: int) -
 @inline
 def _taps_gradient(c: Convolution, batch: int, step: int, block: int, scratch: int) -> Any:
     """Returns the gradient of the taps' sum at a step, and adds it to those of weight and bias."""
+    _prefetch(c.x, batch, step, block)
     total = _taps_of(c, batch, step, block, scratch)
     s = sigmoid(total)
     grad = _read(c, c.grad_u, batch, step, block, scratch) * s * fma(total, 1.0 - s, 1.0)
@@ -238,6 +242,19 @@ def _taps_of(c: Convolution, batch: int, step: int, block: int, scratch: int) ->
         x = _input(c, batch, step + m - c.lead, block, scratch)
         total = fma(x, _weight(c, m, block), total)
     return total
+
+
+@inline
+def _prefetch(plane: Plane, batch: int, step: int, block: int) -> None:
+    """Asks for a block some rows ahead: each row is on another page, where the hardware does not foresee it."""
+    place = (
+        plane.address
+        + batch * plane.batch
+        + (step + ROWS_AHEAD) * plane.step
+        + block * CHANNELS * plane.channel
+    )
+    for i in range(0, CHANNELS * plane.channel, ROW_BYTES):
+        prefetch(place + i)
 
 
 @inline
