@@ -11,12 +11,9 @@ input, output and gradient moved once, at the rates that this machine reaches on
 """
 
 import argparse
-import ctypes
 import functools
-import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from measuring import machine, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -134,33 +132,12 @@ def expected(inputs: dict[str, torch.Tensor], mode: str, grad_out: torch.Tensor)
 def measure(scan: Scan, inputs: dict[str, torch.Tensor], mode: str, grad_out: torch.Tensor, result: Result,
             want: list[torch.Tensor]) -> None:  # fmt: skip
     """Runs once and adds the time, the peak memory and the error to the result."""
-    gc.collect()
-    before = _reset_peak()
-    start = time.perf_counter()
-    got = run(scan, inputs, mode, grad_out)
-    result.seconds.append(time.perf_counter() - start)
-    result.peak_bytes = max(result.peak_bytes, _peak() - before)
+    got, seconds, peak_bytes = timed(lambda: run(scan, inputs, mode, grad_out))
+    result.seconds.append(seconds)
+    result.peak_bytes = max(result.peak_bytes, peak_bytes)
     for ours, value in zip(got, want, strict=True):
         difference = (ours[:, :CHECKED_CHANNELS].double() - value).abs().max()
         result.error = max(result.error, (difference / value.abs().max()).item())
-
-
-def _reset_peak() -> int:
-    """Gives freed memory back and sets the peak resident memory to the present one, where the system allows it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return psutil.Process().memory_info().rss
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def fits(name: str, length: int, d_inner: int, mode: str) -> bool:
@@ -310,13 +287,11 @@ def main() -> int:
             results += compare(length, d_inner, arguments.rounds)
     console.print(table_of(results, rates))
     if arguments.json:
-        machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        header = {"exponentials_per_second": rates[0], "bytes_per_second": rates[1], "load_before": load}
+        header = machine() | {"exponentials_per_second": rates[0], "bytes_per_second": rates[1]}
         figures = [
             asdict(r) | {"floor_seconds": floor_seconds(r.length, r.d_inner, r.mode, rates)} for r in results
         ]
-        arguments.json.write_text(json.dumps(machine | versions | header | {"results": figures}, indent=2))
+        arguments.json.write_text(json.dumps(header | {"results": figures}, indent=2))
     return 0 if all(result.error < 1e-3 for result in results) else 1
 
 

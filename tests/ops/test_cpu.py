@@ -142,6 +142,13 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         assert_identical(results(inputs), want)
 
 
+def test_under_torch_compile():
+    inputs = {name: value.float() for name, value in make_inputs(40).items()}
+    want = selective_scan(**inputs, delta_softplus=True, backend="cpu")
+    compiled = torch.compile(selective_scan, backend="eager")
+    assert torch.equal(compiled(**inputs, delta_softplus=True, backend="cpu"), want)
+
+
 def test_calls_from_several_threads():
     inputs = make_inputs(200, d=200, n=16)
     want, got = results(inputs), [None] * 6
@@ -195,7 +202,7 @@ from storm_vlm.ops import selective_scan
 x = torch.ones(1, 3, 5)
 selective_scan(x, x, -torch.ones(3, 2), torch.ones(3, 2), torch.ones(3, 2), backend="cpu")
 from storm_vlm.ops import _cpu_kernels
-print(_cpu_kernels.forward.compiled.cache_hits)
+print(_cpu_kernels.scan_forward.compiled.cache_hits)
 """
     assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).strip() == "0"
     assert list(tmp_path.rglob("*.nbc"))

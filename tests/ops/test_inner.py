@@ -125,6 +125,14 @@ def test_autocast_changes_nothing_inside():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_under_torch_compile():
+    """The kernels are left out of the graph; around them nothing changes."""
+    inputs = {name: value.float() for name, value in make_inputs(40).items()}
+    want = mamba_inner(**inputs, backend="cpu")
+    got = torch.compile(mamba_inner, backend="eager")(**inputs, backend="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_any_number_of_threads():
     inputs = make_inputs(300, b=3, d=300, n=16)
     number = torch.get_num_threads()

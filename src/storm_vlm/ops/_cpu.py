@@ -8,18 +8,21 @@ Shapes: ``b`` batch, ``l`` sequence, ``d`` channels, ``n`` state size, ``g`` gro
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from storm_vlm.ops._arguments import ScanArguments
-from storm_vlm.ops._cpu_job import Job
-from storm_vlm.ops._cpu_kernels import backward, forward
+from storm_vlm.ops._cpu_job import Job, Parameters, groups_of
+from storm_vlm.ops._cpu_kernels import scan_backward, scan_forward
 from storm_vlm.ops._cpu_memory import on_large_pages
 from storm_vlm.ops._cpu_tensors import readable
 
 
+# Compiled already: torch.compile would trace through addresses that it does not know.
+@torch.compiler.disable
 def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the recurrence in compiled code, with a backward pass of its own.
 
@@ -57,11 +60,11 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes the output and the last state, and keeps the state before each chunk if asked."""
         tensors = (u, delta, A, B, C, D, z, delta_bias)
-        job = Job(*tensors, delta_softplus=delta_softplus, reverse=reverse)
+        job = _job(tensors, delta_softplus=delta_softplus, reverse=reverse)
         out = on_large_pages(torch.empty_like(delta, dtype=u.dtype))
         state = job.zeros_of_states() if initial_state is None else job.to_tiles(initial_state)
         checkpoints = job.empty_checkpoints() if keep else None
-        job.run(forward, planes={"out": out}, tables={"state": state, "checkpoints": checkpoints})
+        job.run(scan_forward, planes={"out": out}, tables={"state": state, "checkpoints": checkpoints})
         if keep:
             ctx.save_for_backward(*tensors, checkpoints)
             ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
@@ -74,7 +77,7 @@ class _SelectiveScan(torch.autograd.Function):
         """Computes the gradient of every input, chunk by chunk, against the order of the scan."""
         *tensors, checkpoints = ctx.saved_tensors
         u, delta, _, B, C, _, z, _ = tensors
-        job = Job(*tensors, delta_softplus=ctx.delta_softplus, reverse=ctx.reverse)
+        job = _job(ctx.saved_tensors[:-1], delta_softplus=ctx.delta_softplus, reverse=ctx.reverse)
         planes = {"grad_u": u, "grad_delta": delta, "grad_z": z}
         planes = {
             name: None if x is None else on_large_pages(torch.empty_like(readable(x)))
@@ -89,7 +92,7 @@ class _SelectiveScan(torch.autograd.Function):
             "grad_C": job.zeros_of_weights(C),
         }
         job.run(
-            backward,
+            scan_backward,
             planes={"grad_out": readable(grad_out), **planes},
             tables={"checkpoints": checkpoints, **tables},
         )
@@ -111,6 +114,13 @@ class _SelectiveScan(torch.autograd.Function):
         if ctx.initial_dtype is not None:
             initial = job.from_tiles(tables["state"]).to(ctx.initial_dtype)
         return (*in_dtype, initial, None, None, None)
+
+
+def _job(tensors: Sequence[Any], *, delta_softplus: bool, reverse: bool) -> Job:
+    """Returns the scan of inputs that stand in the order of the public function."""
+    u, delta, A, B, C, D, z, delta_bias = tensors
+    parameters = Parameters(A, D, delta_bias, groups=groups_of(B, C))
+    return Job(parameters, u, B, C, z, delta=delta, delta_softplus=delta_softplus, reverse=reverse)
 
 
 def _same_groups(B: torch.Tensor, C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

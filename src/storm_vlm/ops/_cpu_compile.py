@@ -20,6 +20,7 @@ class Kernel:
     """A function of five integers that runs without the interpreter; compiled when its address is first asked for."""
 
     def __init__(self, function: Callable[..., None]) -> None:
+        self.name = function.__name__
         self._function = function
 
     @functools.cached_property

@@ -90,7 +90,7 @@ def convolve(
         reverse: The scan runs from the last step to the first.
         out: Where the output goes, ``(b, l, d)``.
     """
-    _run(_forward, x, weight, bias, history, reverse=reverse, planes={"written": out}, sums={})
+    _run(convolution_forward, x, weight, bias, history, reverse=reverse, planes={"written": out}, sums={})
 
 
 def convolve_gradient(
@@ -125,7 +125,7 @@ def convolve_gradient(
         "grad_bias": torch.zeros(b, blocks * CHANNELS),
     }
     planes = {"grad_u": grad_u, "written": out, "grad_history": grad_history}
-    _run(_gradient, x, weight, bias, history, reverse=reverse, planes=planes, sums=sums)
+    _run(convolution_backward, x, weight, bias, history, reverse=reverse, planes=planes, sums=sums)
     by_row = sums["grad_weight"].sum(dim=0)[:, :d].T  # (k, d) -> (d, k)
     by_step = by_row.flip(-1) if reverse else by_row
     return ConvolutionGradients(by_step, sums["grad_bias"].sum(dim=0)[:d], grad_history.transpose(1, 2))
@@ -181,7 +181,7 @@ def _padded(values: torch.Tensor) -> torch.Tensor:
 
 
 @Kernel
-def _forward(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
+def convolution_forward(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
     """Convolves a range of blocks."""
     c = _convolution_of(descriptor)
     for step in range(c.length):
@@ -192,7 +192,7 @@ def _forward(descriptor: int, scratch: int, batch: int, first: int, end: int) ->
 
 
 @Kernel
-def _gradient(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
+def convolution_backward(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
     """Computes the gradients of a range of blocks: of the taps' sum at a step, then of the input no later one needs."""
     c = _convolution_of(descriptor)
     recent = scratch + BLOCK_BYTES

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from storm_vlm.ops._cpu_convolution import convolve, convolve_gradient
-from storm_vlm.ops._cpu_job import Job
-from storm_vlm.ops._cpu_kernels import backward, forward
+from storm_vlm.ops._cpu_job import Job, Parameters
+from storm_vlm.ops._cpu_kernels import scan_backward, scan_forward
 from storm_vlm.ops._cpu_layout import CHUNK_STEPS
 from storm_vlm.ops._cpu_memory import on_large_pages
 from storm_vlm.ops._inner_arguments import InnerArguments, InnerWeights
@@ -26,6 +26,8 @@ PIECE_STEPS = 64 * CHUNK_STEPS
 _NUM_WEIGHTS = len(InnerWeights._fields)
 
 
+# Compiled already: torch.compile would trace through addresses that it does not know.
+@torch.compiler.disable
 def inner(arguments: InnerArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolves, projects and scans in compiled code, with a backward pass of its own.
 
@@ -96,6 +98,7 @@ class _Pieces:
     ) -> None:
         self.x, self.z, self.conv_state, self.reverse = x, z, conv_state, reverse
         self.weights = weights
+        self._parameters = Parameters(weights.A, weights.D, weights.dt_bias, weights.dt_proj_weight)
         self._buffers: dict[str, torch.Tensor] = {}
         # Projections run in the dtype of the input, as under autocast.
         self.x_proj, self.dt_proj = weights.x_proj_weight.to(x.dtype), weights.dt_proj_weight.to(x.dtype)
@@ -129,7 +132,7 @@ class _Pieces:
                 projected[:, steps] = narrow
                 checkpoints.append(job.empty_checkpoints())
             job.run(
-                forward,
+                scan_forward,
                 planes=_channels_first(steps, out=out, total=total, ungated=earlier),
                 tables={"state": state, "checkpoints": checkpoints[-1] if keep else None},
             )
@@ -169,16 +172,12 @@ class _Pieces:
         low_rank, B, C = narrow.split(self.weights.sizes, dim=-1)
         z = None if self.z is None else self.z[:, self.slices[index]].transpose(1, 2)
         return Job(
+            self._parameters,
             u.transpose(1, 2),  # (b, l, d) -> (b, d, l)
-            None,
-            self.weights.A,
             B.transpose(1, 2),
             C.transpose(1, 2),
-            self.weights.D,
             z,
-            self.weights.dt_bias,
             low_rank=low_rank,
-            delta_weight=self.weights.dt_proj_weight,
             delta_softplus=True,
             reverse=self.reverse,
         )
@@ -225,7 +224,7 @@ class _Gradients:
         if self._fill_ungated:
             whole["grad_ungated"] = self.ungated
         job.run(
-            backward,
+            scan_backward,
             planes=_channels_first(steps, **whole)
             | {"grad_u": grad_u.transpose(1, 2), "grad_delta": grad_delta.transpose(1, 2)},
             tables=self._tables | {"checkpoints": checkpoints, "grad_B": grad_B, "grad_C": grad_C},

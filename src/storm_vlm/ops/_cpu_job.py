@@ -22,42 +22,71 @@ from storm_vlm.ops._cpu_vector import LANES, STATES
 _UPDATES_PER_THREAD = 2**19
 
 
-class Job:
-    """The inputs of one scan, brought into the layout of the kernels.
+class Parameters:
+    """What does not change along a sequence, as tables: one serves all pieces of it.
 
-    The time steps are given as ``delta``, ``(b, d, l)``, or as a product: ``low_rank`` ``(b, l, r)`` times
-    ``delta_weight`` ``(d, r)``, which the kernels compute tile by tile.
+    Args:
+        A: State matrix, ``(d, n)``.
+        D: Skip weights, ``(d,)``; none if None.
+        delta_bias: ``(d,)``; none if None.
+        delta_weight: Weight of time steps that are given as a product, ``(d, r)``; none if None.
+        groups: Number of groups of channels that share B and C.
     """
 
     def __init__(
         self,
-        u: torch.Tensor,
-        delta: torch.Tensor | None,
         A: torch.Tensor,
+        D: torch.Tensor | None,
+        delta_bias: torch.Tensor | None,
+        delta_weight: torch.Tensor | None = None,
+        *,
+        groups: int = 1,
+    ) -> None:
+        self.d, self.n = A.shape
+        self.groups = groups
+        self.states = -(-self.n // STATES) * STATES
+        self.rank = 0 if delta_weight is None else delta_weight.shape[1]
+        in_base_2 = A.to(torch.float32) * math.log2(math.e)
+        padded = functional.pad(in_base_2, (0, self.states - self.n))
+        none = torch.zeros(self.d)
+        self.tables = {
+            "A": to_tiles(padded[None], groups),
+            "D": to_tiles((none if D is None else D)[None, :, None], groups),
+            "delta_bias": to_tiles((none if delta_bias is None else delta_bias)[None, :, None], groups),
+        }
+        if delta_weight is not None:
+            self.tables["delta_weight"] = to_tiles(delta_weight[None], groups)
+
+
+class Job:
+    """The inputs of one scan, brought into the layout of the kernels.
+
+    The time steps are given as ``delta``, ``(b, d, l)``, or as ``low_rank``, ``(b, l, r)``: the kernels then multiply by
+    the parameters' ``delta_weight``, tile by tile.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        u: torch.Tensor,
         B: torch.Tensor,
         C: torch.Tensor,
-        D: torch.Tensor | None,
         z: torch.Tensor | None,
-        delta_bias: torch.Tensor | None,
         *,
+        delta: torch.Tensor | None = None,
         low_rank: torch.Tensor | None = None,
-        delta_weight: torch.Tensor | None = None,
         delta_softplus: bool,
         reverse: bool,
     ) -> None:
         self.b, self.d, self.length = u.shape
-        self.n = A.shape[1]
-        self.groups = max(weights.shape[1] if weights.ndim == 4 else 1 for weights in (B, C))
+        self.n, self.states, self.groups = parameters.n, parameters.states, parameters.groups
         self.group_tiles = -(-self.d // (self.groups * LANES))
         self.group_slabs = -(-self.group_tiles // SLAB_TILES)
-        self.states = -(-self.n // STATES) * STATES
         self.chunks = -(-self.length // CHUNK_STEPS)
         self._lender = Lender()
-        self._planes = {
-            "u": self._lender.plane(u),
-            "delta": self._lender.plane(delta),
-            "z": self._lender.plane(z),
-        }
+        planes = {"u": u, "delta": delta, "z": z}
+        self._planes = {name: self._lender.plane(tensor) for name, tensor in planes.items()}
+        tables = parameters.tables | {"low_rank": None if low_rank is None else self._by_chunk(low_rank)}
         self._fields = {
             "is_gated": int(z is not None),
             "B": self._weights(B),
@@ -68,11 +97,9 @@ class Job:
             "states": self.states,
             "softplus": int(delta_softplus),
             "reverse": int(reverse),
-            "A": self._lender.address(self.to_tiles(A.to(torch.float32)[None] * math.log2(math.e))),
-            "D": self._channels_table(D),
-            "delta_bias": self._channels_table(delta_bias),
             "batches": self.b,
-            **self._product(low_rank, delta_weight),
+            "rank": parameters.rank,
+            **{name: self._lender.address(table) for name, table in tables.items()},
         }
 
     def run(
@@ -147,23 +174,10 @@ class Job:
         batch, group, step, _ = (4 * stride for stride in by_step.stride())
         return Weights(self._lender.address(by_step), batch, 0 if by_step.shape[1] == 1 else group, step)
 
-    def _product(self, low_rank: torch.Tensor | None, weight: torch.Tensor | None) -> dict[str, int]:
-        """Returns the fields of time steps that are given as a product, none where they are a plane."""
-        if low_rank is None or weight is None:
-            return {}
+    def _by_chunk(self, low_rank: torch.Tensor) -> torch.Tensor:
+        """Brings the low-rank time steps chunk by chunk, ``(b, chunk, r, step)``, with zeros where they are padded."""
         whole = functional.pad(low_rank.to(torch.float32), (0, 0, 0, -self.length % CHUNK_STEPS))
-        # (b, l, r) -> (b, chunk, r, step)
-        by_chunk = whole.unflatten(1, (-1, CHUNK_STEPS)).transpose(2, 3).contiguous()
-        return {
-            "rank": weight.shape[1],
-            "low_rank": self._lender.address(by_chunk),
-            "delta_weight": self._lender.address(to_tiles(weight[None], self.groups)),
-        }
-
-    def _channels_table(self, values: torch.Tensor | None) -> int:
-        if values is None:
-            return self._lender.address(self.zeros_of_channels())
-        return self._lender.address(to_tiles(values[None, :, None], self.groups))
+        return whole.unflatten(1, (-1, CHUNK_STEPS)).transpose(2, 3).contiguous()
 
     def _shares(self) -> list[Share]:
         """Returns each thread's work: sample, first tile and end tile of neighbouring slabs."""
@@ -177,3 +191,8 @@ class Job:
     def _first_tile(self, slab: int) -> int:
         group, place = divmod(slab, self.group_slabs)
         return group * self.group_tiles + place * SLAB_TILES
+
+
+def groups_of(B: torch.Tensor, C: torch.Tensor) -> int:
+    """Returns the number of groups of channels that share B and C."""
+    return max(weights.shape[1] if weights.ndim == 4 else 1 for weights in (B, C))

@@ -51,7 +51,7 @@ Vector = Any
 
 
 @Kernel
-def forward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
+def scan_forward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
     """Computes output and last state of a range of tiles; ``state`` holds the first state and gets the last."""
     d = described(descriptor)
     problem = problem_of(d)
@@ -90,7 +90,7 @@ def forward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile
 
 
 @Kernel
-def backward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
+def scan_backward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
     """Computes the gradients of a range of tiles, whole slabs; ``state`` holds the last state's and gets the first's."""
     d = described(descriptor)
     problem = problem_of(d)

@@ -74,20 +74,25 @@ def run_shares(kernel: Kernel, descriptor: np.ndarray, shares: Sequence[Share], 
         [(descriptor.ctypes.data, scratch + i * scratch_bytes, *work) for work in share]
         for i, share in enumerate(shares)
     ]
-    if len(calls) == 1:
-        _run_calls(kernel, calls[0])
-    elif os.getpid() == _PROCESS and (openmp := _openmp()) is not None:
-        _run_on_openmp(openmp, kernel, calls)
-    else:
-        others = [_threads(os.getpid()).submit(_run_calls, kernel, share) for share in calls[1:]]
-        _run_calls(kernel, calls[0])
-        for other in others:
-            other.result()
+    with torch.profiler.record_function(f"storm::{kernel.name}"):
+        if len(calls) == 1:
+            _run_calls(kernel, calls[0])
+        elif os.getpid() == _PROCESS and (openmp := _openmp()) is not None:
+            _run_on_openmp(openmp, kernel, calls)
+        else:
+            _run_on_own_threads(kernel, calls)
 
 
 def _run_calls(kernel: Kernel, calls: _Calls) -> None:
     for arguments in calls:
         kernel.call(*arguments)
+
+
+def _run_on_own_threads(kernel: Kernel, calls: list[_Calls]) -> None:
+    others = [_threads(os.getpid()).submit(_run_calls, kernel, share) for share in calls[1:]]
+    _run_calls(kernel, calls[0])
+    for other in others:
+        other.result()
 
 
 def _run_on_openmp(openmp: _OpenMP, kernel: Kernel, calls: list[_Calls]) -> None:
