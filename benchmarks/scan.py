@@ -181,7 +181,8 @@ def _own_exponentials_per_second() -> float:
     """Measures the exponential of the compiled kernels on one thread."""
     from numba import njit
 
-    from storm_vlm.ops._cpu_vector import BLOCK_BYTES, exp2, load64, store
+    from storm_vlm.ops._cpu_layout import BLOCK_BYTES
+    from storm_vlm.ops._cpu_vector import exp2, load64, store
 
     @njit(error_model="numpy")
     def repeat(source: int, target: int, times: int, num_bytes: int) -> None:

@@ -15,8 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from storm_vlm.ops._arguments import ScanArguments
-from storm_vlm.ops._cpu_job import Job, Parameters, groups_of
-from storm_vlm.ops._cpu_kernels import scan_backward, scan_forward
+from storm_vlm.ops._cpu_job import SCAN_BACKWARD, SCAN_FORWARD, Job, Parameters, groups_of
 from storm_vlm.ops._cpu_memory import on_large_pages
 from storm_vlm.ops._cpu_tensors import readable
 
@@ -64,7 +63,7 @@ class _SelectiveScan(torch.autograd.Function):
         out = on_large_pages(torch.empty_like(delta, dtype=u.dtype))
         state = job.zeros_of_states() if initial_state is None else job.to_tiles(initial_state)
         checkpoints = job.empty_checkpoints() if keep else None
-        job.run(scan_forward, planes={"out": out}, tables={"state": state, "checkpoints": checkpoints})
+        job.run(SCAN_FORWARD, planes={"out": out}, tables={"state": state, "checkpoints": checkpoints})
         if keep:
             ctx.save_for_backward(*tensors, checkpoints)
             ctx.delta_softplus, ctx.reverse = delta_softplus, reverse
@@ -92,7 +91,7 @@ class _SelectiveScan(torch.autograd.Function):
             "grad_C": job.zeros_of_weights(C),
         }
         job.run(
-            scan_backward,
+            SCAN_BACKWARD,
             planes={"grad_out": readable(grad_out), **planes},
             tables={"checkpoints": checkpoints, **tables},
         )

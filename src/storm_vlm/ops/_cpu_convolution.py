@@ -1,65 +1,29 @@
 """The depthwise causal convolution and SiLU before a scan, compiled for CPUs, with a gradient by hand.
 
-Rows of channels are read one after the other as they lie in memory, each once from there: those before it are still in the
-cache. The gradient keeps the last rows of what flows into the taps. Sums have one order, whatever the number of threads.
-
 Shapes: ``b`` batch, ``l`` sequence, ``d`` channels, ``k`` taps of the convolution.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from storm_vlm.ops._cpu_compile import Kernel
-from storm_vlm.ops._cpu_elements import FLOAT32, read_block, read_one, write_block, write_one
-from storm_vlm.ops._cpu_layout import Plane, plane_of
+from storm_vlm.ops._cpu_layout import (
+    BLOCK_BYTES,
+    CHANNELS,
+    NUM_CONVOLUTION_PLANES,
+    ROW_BYTES,
+    Convolution,
+    Plane,
+)
 from storm_vlm.ops._cpu_tensors import NO_PLANE, Lender, descriptor_of
 from storm_vlm.ops._cpu_threads import run_shares, shares_of
-from storm_vlm.ops._cpu_vector import (
-    BLOCK_BYTES,
-    LANES,
-    ROW_BYTES,
-    STATES,
-    fma,
-    inline,
-    integers,
-    load64,
-    prefetch,
-    sigmoid,
-    store,
-    zeros64,
-)
 
+_FORWARD = Kernel("_cpu_convolution_kernels", "convolution_forward")
+_BACKWARD = Kernel("_cpu_convolution_kernels", "convolution_backward")
 # Elements that are worth a thread of their own: about 0.1 ms (ours).
 _ELEMENTS_PER_THREAD = 2**16
-_NUM_PLANES = 5
-ROWS_AHEAD = 16
-CHANNELS = STATES * LANES  # of a block
-_PLANE_FIELDS = len(Plane._fields)
-
-
-class Convolution(NamedTuple):
-    """What the kernels work on; channels are adjacent in all planes."""
-
-    x: Plane
-    history: Plane  # k - 1 rows that come before the first step of the scan
-    grad_u: Plane
-    written: Plane  # the output, or the gradient of x
-    grad_history: Plane
-    length: int
-    channels: int
-    blocks: int  # of 64 channels
-    taps: int
-    lead: int  # rows before a step that its taps reach: k - 1 in scan order, 0 against it
-    # Tables with the channels padded to whole blocks.
-    weight: int  # (k, d), in the order of the rows
-    bias: int  # (d,)
-    grad_weight: int  # (b, k, d)
-    grad_bias: int  # (b, d)
-
-
-_NUM_DESCRIBED = _NUM_PLANES * _PLANE_FIELDS + len(Convolution._fields) - _NUM_PLANES
 
 
 class ConvolutionGradients(NamedTuple):
@@ -90,7 +54,7 @@ def convolve(
         reverse: The scan runs from the last step to the first.
         out: Where the output goes, ``(b, l, d)``.
     """
-    _run(convolution_forward, x, weight, bias, history, reverse=reverse, planes={"written": out}, sums={})
+    _run(_FORWARD, x, weight, bias, history, reverse=reverse, planes={"written": out}, sums={})
 
 
 def convolve_gradient(
@@ -125,14 +89,14 @@ def convolve_gradient(
         "grad_bias": torch.zeros(b, blocks * CHANNELS),
     }
     planes = {"grad_u": grad_u, "written": out, "grad_history": grad_history}
-    _run(convolution_backward, x, weight, bias, history, reverse=reverse, planes=planes, sums=sums)
+    _run(_BACKWARD, x, weight, bias, history, reverse=reverse, planes=planes, sums=sums)
     by_row = sums["grad_weight"].sum(dim=0)[:, :d].T  # (k, d) -> (d, k)
     by_step = by_row.flip(-1) if reverse else by_row
     return ConvolutionGradients(by_step, sums["grad_bias"].sum(dim=0)[:d], grad_history.transpose(1, 2))
 
 
 def _run(
-    kernel: Any,
+    kernel: Kernel,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -160,7 +124,8 @@ def _run(
     addresses = {name: lender.address(table) for name, table in tables.items()}
     known = lent | numbers | addresses
     fields = [
-        known.get(name, 0 if i >= _NUM_PLANES else NO_PLANE) for i, name in enumerate(Convolution._fields)
+        known.get(name, 0 if i >= NUM_CONVOLUTION_PLANES else NO_PLANE)
+        for i, name in enumerate(Convolution._fields)
     ]
     shares = shares_of(b, numbers["blocks"], worth=b * length * d // _ELEMENTS_PER_THREAD)
     # The last rows of the taps' gradient, and one block to gather those in that the channels do not fill.
@@ -178,130 +143,3 @@ def _rows(lender: Lender, tensor: torch.Tensor) -> Plane:
 def _padded(values: torch.Tensor) -> torch.Tensor:
     """Pads the channels to whole blocks."""
     return functional.pad(values.to(torch.float32), (0, -values.shape[-1] % CHANNELS)).contiguous()
-
-
-@Kernel
-def convolution_forward(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
-    """Convolves a range of blocks."""
-    c = _convolution_of(descriptor)
-    for step in range(c.length):
-        for block in range(first, end):
-            _prefetch(c.x, batch, step, block)
-            total = _taps_of(c, batch, step, block, scratch)
-            _write(c, c.written, batch, step, block, total * sigmoid(total), scratch)
-
-
-@Kernel
-def convolution_backward(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
-    """Computes the gradients of a range of blocks: of the taps' sum at a step, then of the input no later one needs."""
-    c = _convolution_of(descriptor)
-    recent = scratch + BLOCK_BYTES
-    row_bytes = (end - first) * BLOCK_BYTES
-    for step in range(c.length + c.taps - 1):
-        if step < c.length:
-            row = recent + step % c.taps * row_bytes
-            for block in range(first, end):
-                grad = _taps_gradient(c, batch, step, block, scratch)
-                store(row + (block - first) * BLOCK_BYTES, grad)
-        done = step - c.lead
-        for block in range(first, end):
-            total = zeros64()
-            for m in range(c.taps):
-                later = step - m
-                if 0 <= later < c.length:
-                    place = recent + later % c.taps * row_bytes + (block - first) * BLOCK_BYTES
-                    total = fma(_weight(c, m, block), load64(place), total)
-            if done < 0:
-                _write(c, c.grad_history, batch, done + c.lead, block, total, scratch)
-            elif done >= c.length:
-                _write(c, c.grad_history, batch, done - c.length, block, total, scratch)
-            else:
-                _write(c, c.written, batch, done, block, total, scratch)
-
-
-@inline
-def _taps_gradient(c: Convolution, batch: int, step: int, block: int, scratch: int) -> Any:
-    """Returns the gradient of the taps' sum at a step, and adds it to those of weight and bias."""
-    _prefetch(c.x, batch, step, block)
-    total = _taps_of(c, batch, step, block, scratch)
-    s = sigmoid(total)
-    grad = _read(c, c.grad_u, batch, step, block, scratch) * s * fma(total, 1.0 - s, 1.0)
-    bias = c.grad_bias + (batch * c.blocks + block) * BLOCK_BYTES
-    store(bias, load64(bias) + grad)
-    for m in range(c.taps):
-        place = c.grad_weight + ((batch * c.taps + m) * c.blocks + block) * BLOCK_BYTES
-        store(place, fma(grad, _input(c, batch, step + m - c.lead, block, scratch), load64(place)))
-    return grad
-
-
-@inline
-def _taps_of(c: Convolution, batch: int, step: int, block: int, scratch: int) -> Any:
-    """Returns the weighted sum of the inputs around a step, with the bias."""
-    total = load64(c.bias + block * BLOCK_BYTES)
-    for m in range(c.taps):
-        x = _input(c, batch, step + m - c.lead, block, scratch)
-        total = fma(x, _weight(c, m, block), total)
-    return total
-
-
-@inline
-def _prefetch(plane: Plane, batch: int, step: int, block: int) -> None:
-    """Asks for a block some rows ahead: each row is on another page, where the hardware does not foresee it."""
-    place = (
-        plane.address
-        + batch * plane.batch
-        + (step + ROWS_AHEAD) * plane.step
-        + block * CHANNELS * plane.channel
-    )
-    for i in range(0, CHANNELS * plane.channel, ROW_BYTES):
-        prefetch(place + i)
-
-
-@inline
-def _weight(c: Convolution, tap: int, block: int) -> Any:
-    return load64(c.weight + (tap * c.blocks + block) * BLOCK_BYTES)
-
-
-@inline
-def _input(c: Convolution, batch: int, step: int, block: int, scratch: int) -> Any:
-    """Returns the input at a step, or the one that the history has for it."""
-    if step < 0:
-        return _read(c, c.history, batch, step + c.taps - 1, block, scratch)
-    if step >= c.length:
-        return _read(c, c.history, batch, step - c.length, block, scratch)
-    return _read(c, c.x, batch, step, block, scratch)
-
-
-@inline
-def _read(c: Convolution, plane: Plane, batch: int, step: int, block: int, scratch: int) -> Any:
-    place = plane.address + batch * plane.batch + step * plane.step + block * CHANNELS * plane.channel
-    if (block + 1) * CHANNELS <= c.channels:
-        return read_block(place, plane.dtype)
-    store(scratch, zeros64())
-    for i in range(c.channels - block * CHANNELS):
-        write_one(scratch + 4 * i, FLOAT32, read_one(place + i * plane.channel, plane.dtype))
-    return load64(scratch)
-
-
-@inline
-def _write(
-    c: Convolution, plane: Plane, batch: int, step: int, block: int, values: Any, scratch: int
-) -> None:
-    place = plane.address + batch * plane.batch + step * plane.step + block * CHANNELS * plane.channel
-    if (block + 1) * CHANNELS <= c.channels:
-        write_block(place, plane.dtype, values)
-        return
-    store(scratch, values)
-    for i in range(c.channels - block * CHANNELS):
-        write_one(place + i * plane.channel, plane.dtype, read_one(scratch + 4 * i, FLOAT32))
-
-
-@inline
-def _convolution_of(descriptor: int) -> Convolution:
-    """Reads the descriptor."""
-    d = integers(descriptor, _NUM_DESCRIBED)
-    i = _NUM_PLANES * _PLANE_FIELDS
-    return Convolution(
-        plane_of(d, 0), plane_of(d, 1), plane_of(d, 2), plane_of(d, 3), plane_of(d, 4),
-        d[i], d[i + 1], d[i + 2], d[i + 3], d[i + 4], d[i + 5], d[i + 6], d[i + 7], d[i + 8],
-    )  # fmt: skip

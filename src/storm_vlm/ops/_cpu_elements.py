@@ -6,11 +6,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from storm_vlm.ops._cpu_layout import BFLOAT16, FLOAT16, FLOAT32, LANES, STATES
 from storm_vlm.ops._cpu_vector import (
     F32,
     I32,
-    LANES,
-    STATES,
     constant_of,
     inline,
     load16,
@@ -24,8 +23,6 @@ from storm_vlm.ops._cpu_vector import (
 
 I16, F16 = ir.IntType(16), ir.HalfType()
 
-# Elements in memory: the float32 of the kernels, bfloat16 as the upper half of a float32, IEEE float16.
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 # What one element, a row of 16 and a block of 64 are in the kernels.
 _BLOCK = STATES * LANES
 _VALUES = {None: types.float32, LANES: vec16, _BLOCK: vec64}

@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from storm_vlm.ops._cpu_convolution import convolve, convolve_gradient
-from storm_vlm.ops._cpu_job import Job, Parameters
-from storm_vlm.ops._cpu_kernels import scan_backward, scan_forward
+from storm_vlm.ops._cpu_job import SCAN_BACKWARD, SCAN_FORWARD, Job, Parameters
 from storm_vlm.ops._cpu_layout import CHUNK_STEPS
 from storm_vlm.ops._cpu_memory import on_large_pages
 from storm_vlm.ops._inner_arguments import InnerArguments, InnerWeights
@@ -132,7 +131,7 @@ class _Pieces:
                 projected[:, steps] = narrow
                 checkpoints.append(job.empty_checkpoints())
             job.run(
-                scan_forward,
+                SCAN_FORWARD,
                 planes=_channels_first(steps, out=out, total=total, ungated=earlier),
                 tables={"state": state, "checkpoints": checkpoints[-1] if keep else None},
             )
@@ -224,7 +223,7 @@ class _Gradients:
         if self._fill_ungated:
             whole["grad_ungated"] = self.ungated
         job.run(
-            scan_backward,
+            SCAN_BACKWARD,
             planes=_channels_first(steps, **whole)
             | {"grad_u": grad_u.transpose(1, 2), "grad_delta": grad_delta.transpose(1, 2)},
             tables=self._tables | {"checkpoints": checkpoints, "grad_B": grad_B, "grad_C": grad_C},

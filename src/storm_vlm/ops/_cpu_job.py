@@ -12,12 +12,22 @@ import torch
 from torch.nn import functional
 
 from storm_vlm.ops._cpu_compile import Kernel
-from storm_vlm.ops._cpu_layout import CHUNK_STEPS, PLANES, SLAB_TILES, Problem, Weights, scratch_bytes
+from storm_vlm.ops._cpu_layout import (
+    CHUNK_STEPS,
+    LANES,
+    PLANES,
+    SLAB_TILES,
+    STATES,
+    Problem,
+    Weights,
+    scratch_bytes,
+)
 from storm_vlm.ops._cpu_memory import on_large_pages
 from storm_vlm.ops._cpu_tensors import NO_PLANE, Lender, descriptor_of, from_tiles, to_tiles
 from storm_vlm.ops._cpu_threads import Share, run_shares, shares_of
-from storm_vlm.ops._cpu_vector import LANES, STATES
 
+SCAN_FORWARD = Kernel("_cpu_kernels", "scan_forward")
+SCAN_BACKWARD = Kernel("_cpu_kernels", "scan_backward")
 # State updates that are worth a thread of their own: about 0.1 ms (ours).
 _UPDATES_PER_THREAD = 2**19
 

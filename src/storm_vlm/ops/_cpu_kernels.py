@@ -9,16 +9,21 @@ Each value is written by one tile or slab only and summed in one order: results 
 
 from typing import Any
 
-from storm_vlm.ops._cpu_compile import Kernel
-from storm_vlm.ops._cpu_elements import FLOAT32, read_one, sum_rows, write_one
+from storm_vlm.ops._cpu_elements import read_one, sum_rows, write_one
 from storm_vlm.ops._cpu_layout import (
+    BLOCK_BYTES,
     CHUNK_STEPS,
+    FLOAT32,
+    LANES,
+    ROW_BYTES,
+    STATES,
     TILE_BYTES,
     Problem,
     Rows,
     Tile,
+)
+from storm_vlm.ops._cpu_places import (
     checkpoint_address,
-    described,
     locate,
     next_tile,
     problem_of,
@@ -28,10 +33,6 @@ from storm_vlm.ops._cpu_layout import (
 )
 from storm_vlm.ops._cpu_planes import prefetch_planes, read_planes, write_planes
 from storm_vlm.ops._cpu_vector import (
-    BLOCK_BYTES,
-    LANES,
-    ROW_BYTES,
-    STATES,
     add_dot,
     exp2,
     fma,
@@ -50,11 +51,9 @@ _LN2 = 0.6931471805599453
 Vector = Any
 
 
-@Kernel
 def scan_forward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
     """Computes output and last state of a range of tiles; ``state`` holds the first state and gets the last."""
-    d = described(descriptor)
-    problem = problem_of(d)
+    problem = problem_of(descriptor)
     rows = scratch_rows(scratch, problem.states)
     tile_bytes = problem.states * ROW_BYTES
     chunks = (problem.length + CHUNK_STEPS - 1) // CHUNK_STEPS
@@ -65,11 +64,11 @@ def scan_forward(descriptor: int, scratch: int, batch: int, first_tile: int, end
         for index in range(first_tile, end_tile):
             tile = locate(problem, batch, index)
             following, place = next_tile(problem, tile, first_tile, end_tile, start, 1)
-            prefetch_planes(d, following, place)
+            prefetch_planes(descriptor, following, place)
             state = problem.state + tile_offset(problem, tile, tile_bytes)
             if problem.checkpoints:
                 copy_blocks(state, checkpoint_address(problem, tile, chunks, chunk), tile_bytes)
-            read_planes(d, tile, start, steps, scratch)
+            read_planes(descriptor, tile, start, steps, scratch)
             _begin_steps(problem, tile, steps, chunk, chunks, rows)
             if problem.has_ungated:
                 _add_rows(rows.ungated, rows.y, steps)
@@ -86,14 +85,12 @@ def scan_forward(descriptor: int, scratch: int, batch: int, first_tile: int, end
                 for i in range(0, steps * ROW_BYTES, BLOCK_BYTES):
                     gate = load64(rows.z + i)
                     store(rows.y + i, load64(rows.y + i) * gate * sigmoid(gate))
-            write_planes(d, tile, start, steps, scratch)
+            write_planes(descriptor, tile, start, steps, scratch)
 
 
-@Kernel
 def scan_backward(descriptor: int, scratch: int, batch: int, first_tile: int, end_tile: int) -> None:
     """Computes the gradients of a range of tiles, whole slabs; ``state`` holds the last state's and gets the first's."""
-    d = described(descriptor)
-    problem = problem_of(d)
+    problem = problem_of(descriptor)
     rows = scratch_rows(scratch, problem.states)
     chunks = (problem.length + CHUNK_STEPS - 1) // CHUNK_STEPS
     for k in range(chunks):
@@ -103,18 +100,18 @@ def scan_backward(descriptor: int, scratch: int, batch: int, first_tile: int, en
         for index in range(first_tile, end_tile):
             tile = locate(problem, batch, index)
             following, place = next_tile(problem, tile, first_tile, end_tile, start, 0)
-            prefetch_planes(d, following, place)
+            prefetch_planes(descriptor, following, place)
             if tile.opens_slab:
                 for i in range(0, 2 * problem.states * TILE_BYTES, BLOCK_BYTES):
                     store(rows.grad_B + i, zeros64())
-            read_planes(d, tile, start, steps, scratch)
+            read_planes(descriptor, tile, start, steps, scratch)
             _begin_steps(problem, tile, steps, chunk, chunks, rows)
             _gate_gradient(problem, steps, rows)
             _block_gradients(
                 problem, tile, start, steps, checkpoint_address(problem, tile, chunks, chunk), rows
             )
             _finish_gradients(problem, tile, steps, rows)
-            write_planes(d, tile, start, steps, scratch)
+            write_planes(descriptor, tile, start, steps, scratch)
             if tile.closes_slab and problem.B.step:
                 _close_slab(problem, tile, start, steps, rows.grad_B, problem.grad_B)
             if tile.closes_slab and problem.C.step:

@@ -7,10 +7,15 @@ a tile's states are ``(n, 16)`` with n padded to a multiple of four; scratch row
 
 from typing import NamedTuple
 
-import numpy as np
-
-from storm_vlm.ops._cpu_vector import BLOCK_BYTES, LANES, ROW_BYTES, inline, integers
-
+# A vector holds 16 channels, or the same for four states or steps.
+LANES = 16
+STATES = 4
+ROW_BYTES = 4 * LANES
+BLOCK_BYTES = STATES * ROW_BYTES
+# Elements in memory: the float32 of the kernels, bfloat16 as the upper half of a float32, IEEE float16.
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+CHANNELS = STATES * LANES  # of a block of the convolution
+NUM_CONVOLUTION_PLANES = 5
 CHUNK_STEPS = 16
 SLAB_TILES = 4
 # Each plane has the scratch row of its number; those before `out` are read, the others written, where there are any.
@@ -30,7 +35,7 @@ PLANES = (
     "grad_ungated",
 )
 FIRST_WRITTEN = PLANES.index("out")
-_PLANE_FIELDS = 5
+PLANE_INTEGERS = 5
 TILE_BYTES = CHUNK_STEPS * ROW_BYTES
 
 
@@ -87,8 +92,24 @@ class Problem(NamedTuple):
     delta_weight: int
 
 
-# B and C count as four integers each.
-NUM_DESCRIBED = len(PLANES) * _PLANE_FIELDS + len(Problem._fields) + 2 * (len(Weights._fields) - 1)
+class Convolution(NamedTuple):
+    """What the kernels of the convolution work on; channels are adjacent in all planes."""
+
+    x: Plane
+    history: Plane  # k - 1 rows that come before the first step of the scan
+    grad_u: Plane
+    written: Plane  # the output, or the gradient of x
+    grad_history: Plane
+    length: int
+    channels: int
+    blocks: int  # of 64 channels
+    taps: int
+    lead: int  # rows before a step that its taps reach: k - 1 in scan order, 0 against it
+    # Tables with the channels padded to whole blocks.
+    weight: int  # (k, d), in the order of the rows
+    bias: int  # (d,)
+    grad_weight: int  # (b, k, d)
+    grad_bias: int  # (b, d)
 
 
 class Tile(NamedTuple):
@@ -132,94 +153,3 @@ NUM_ROWS = 13
 def scratch_bytes(states: int) -> int:
     """Returns the scratch memory that a kernel needs, with room to align it to 64 bytes."""
     return (NUM_ROWS + 2 * states) * TILE_BYTES + (2 * CHUNK_STEPS + 1) * BLOCK_BYTES + ROW_BYTES
-
-
-@inline
-def scratch_rows(scratch: int, states: int) -> Rows:
-    blocks = scratch + NUM_ROWS * TILE_BYTES
-    sums = blocks + (2 * CHUNK_STEPS + 1) * BLOCK_BYTES
-    return Rows(
-        scratch, scratch + TILE_BYTES, scratch + 2 * TILE_BYTES, scratch + 3 * TILE_BYTES,
-        scratch + 4 * TILE_BYTES, scratch + 5 * TILE_BYTES, scratch + 6 * TILE_BYTES, scratch + 7 * TILE_BYTES,
-        scratch + 8 * TILE_BYTES, scratch + 9 * TILE_BYTES, scratch + 10 * TILE_BYTES, scratch + 11 * TILE_BYTES,
-        scratch + 12 * TILE_BYTES,
-        blocks, blocks + CHUNK_STEPS * BLOCK_BYTES, sums, sums + states * TILE_BYTES,
-    )  # fmt: skip
-
-
-@inline
-def plane_of(d: np.ndarray, number: int) -> Plane:
-    """Reads a plane from the beginning of the descriptor."""
-    i = number * _PLANE_FIELDS
-    return Plane(d[i], d[i + 1], d[i + 2], d[i + 3], d[i + 4])
-
-
-@inline
-def described(descriptor: int) -> np.ndarray:
-    """Returns the descriptor at an address."""
-    return integers(descriptor, NUM_DESCRIBED)
-
-
-@inline
-def problem_of(d: np.ndarray) -> Problem:
-    """Reads the fields of `Problem`, flattened, that follow the planes in the descriptor."""
-    i = len(PLANES) * _PLANE_FIELDS
-    return Problem(
-        d[i], d[i + 1], d[i + 2],
-        Weights(d[i + 3], d[i + 4], d[i + 5], d[i + 6]), Weights(d[i + 7], d[i + 8], d[i + 9], d[i + 10]),
-        d[i + 11], d[i + 12], d[i + 13], d[i + 14], d[i + 15], d[i + 16], d[i + 17], d[i + 18], d[i + 19],
-        d[i + 20], d[i + 21], d[i + 22], d[i + 23], d[i + 24], d[i + 25], d[i + 26], d[i + 27], d[i + 28],
-        d[i + 29], d[i + 30],
-    )  # fmt: skip
-
-
-@inline
-def group_tiles_of(problem: Problem) -> int:
-    return (problem.group_channels + LANES - 1) // LANES
-
-
-@inline
-def locate(problem: Problem, batch: int, index: int) -> Tile:
-    """Returns the tile with this number."""
-    group_tiles = group_tiles_of(problem)
-    group, place = divmod(index, group_tiles)
-    return Tile(
-        batch, index, group, place // SLAB_TILES,
-        place % SLAB_TILES == 0, place % SLAB_TILES == SLAB_TILES - 1 or place == group_tiles - 1,
-        group * problem.group_channels + place * LANES,
-        min(LANES, problem.group_channels - place * LANES),
-    )  # fmt: skip
-
-
-@inline
-def next_tile(
-    problem: Problem, tile: Tile, first: int, end: int, start: int, is_forward: bool
-) -> tuple[Tile, int]:
-    """Returns the tile that comes next and the first step of its chunk."""
-    index, following = tile.number + 1, start
-    if index == end:
-        index = first
-        following += CHUNK_STEPS if is_forward != problem.reverse else -CHUNK_STEPS
-    return locate(problem, tile.batch, index), following
-
-
-@inline
-def tile_offset(problem: Problem, tile: Tile, row_bytes: int) -> int:
-    """Returns the offset of a tile in a table of ``(b, tile, row)``."""
-    return (tile.batch * problem.groups * group_tiles_of(problem) + tile.number) * row_bytes
-
-
-@inline
-def checkpoint_address(problem: Problem, tile: Tile, chunks: int, chunk: int) -> int:
-    """Returns the address of the state before a chunk."""
-    tiles = problem.groups * group_tiles_of(problem)
-    place = (tile.batch * chunks + chunk) * tiles + tile.number
-    return problem.checkpoints + place * problem.states * ROW_BYTES
-
-
-@inline
-def weights_address(weights: Weights, tile: Tile, states: int, start: int) -> int:
-    """Returns the address of B or C at a step for the first four states."""
-    if weights.step == 0:
-        return weights.address + tile.number * states * ROW_BYTES
-    return weights.address + tile.batch * weights.batch + tile.group * weights.group + start * weights.step

@@ -1,33 +1,43 @@
 """Brings tiles of strided ``(b, d, l)`` tensors of any of the kernels' dtypes into scratch rows, and back."""
 
-import numpy as np
 from numba import types
 
-from storm_vlm.ops._cpu_elements import FLOAT32, read_one, read_row, transpose_square, write_one, write_row
-from storm_vlm.ops._cpu_layout import CHUNK_STEPS, FIRST_WRITTEN, PLANES, TILE_BYTES, Plane, Tile, plane_of
-from storm_vlm.ops._cpu_vector import LANES, ROW_BYTES, inline, load16, prefetch, store
+from storm_vlm.ops._cpu_elements import read_one, read_row, transpose_square, write_one, write_row
+from storm_vlm.ops._cpu_layout import (
+    CHUNK_STEPS,
+    FIRST_WRITTEN,
+    FLOAT32,
+    LANES,
+    PLANES,
+    ROW_BYTES,
+    TILE_BYTES,
+    Plane,
+    Tile,
+)
+from storm_vlm.ops._cpu_places import plane_of
+from storm_vlm.ops._cpu_vector import inline, load16, prefetch, store
 
 
 @inline
-def read_planes(d: np.ndarray, tile: Tile, start: int, steps: int, scratch: int) -> None:
+def read_planes(descriptor: int, tile: Tile, start: int, steps: int, scratch: int) -> None:
     for number in range(FIRST_WRITTEN):
-        plane = plane_of(d, number)
+        plane = plane_of(descriptor, number)
         if plane.address:
             _read_tile(plane, tile, start, steps, scratch + number * TILE_BYTES)
 
 
 @inline
-def write_planes(d: np.ndarray, tile: Tile, start: int, steps: int, scratch: int) -> None:
+def write_planes(descriptor: int, tile: Tile, start: int, steps: int, scratch: int) -> None:
     for number in range(FIRST_WRITTEN, len(PLANES)):
-        plane = plane_of(d, number)
+        plane = plane_of(descriptor, number)
         if plane.address:
             _write_tile(plane, tile, start, steps, scratch + number * TILE_BYTES)
 
 
 @inline
-def prefetch_planes(d: np.ndarray, tile: Tile, start: int) -> None:
+def prefetch_planes(descriptor: int, tile: Tile, start: int) -> None:
     for number in range(len(PLANES)):
-        plane = plane_of(d, number)
+        plane = plane_of(descriptor, number)
         if plane.address:
             _prefetch_tile(plane, tile, start, CHUNK_STEPS)
 

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from storm_vlm.ops._cpu_elements import BFLOAT16, FLOAT16, FLOAT32
-from storm_vlm.ops._cpu_layout import Plane
-from storm_vlm.ops._cpu_vector import LANES
+from storm_vlm.ops._cpu_layout import BFLOAT16, FLOAT16, FLOAT32, LANES, Plane
 
 NO_PLANE = Plane(0, 0, 0, 0, 0)
 _CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}

@@ -16,24 +16,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import types
 
-from storm_vlm.ops._cpu_compile import Kernel, compile_cached
-from storm_vlm.ops._cpu_vector import ROW_BYTES, call_integer, call_kernel, integers
+from storm_vlm.ops._cpu_compile import Kernel
+from storm_vlm.ops._cpu_layout import ROW_BYTES
 
 # For each sample of a thread's share: the sample, the first and the end of its parts.
 Share = list[tuple[int, int, int]]
 _Calls = list[tuple[int, int, int, int, int]]
 _PROCESS = os.getpid()
+_RUN_TEAM = Kernel("_cpu_team_kernel", "run_team", num_integers=1)
 
 
 class _OpenMP(NamedTuple):
-    """Functions of the OpenMP library that torch has loaded, and our function that its threads run."""
+    """Functions of the OpenMP library that torch has loaded."""
 
     parallel: Any
     num_threads: int
     thread_number: int
-    run_team: Any
 
 
 def shares_of(num_samples: int, num_parts: int, *, worth: int) -> list[Share]:
@@ -100,20 +99,7 @@ def _run_on_openmp(openmp: _OpenMP, kernel: Kernel, calls: list[_Calls]) -> None
     ends = list(itertools.accumulate(len(share) for share in calls))
     head = [kernel.address, openmp.num_threads, openmp.thread_number, len(calls), 0, *ends]
     team = np.array([*head, *itertools.chain(*itertools.chain(*calls))], dtype=np.int64)
-    openmp.parallel(openmp.run_team.address, team.ctypes.data, len(calls), 0)
-
-
-def _run_team(address: int) -> None:
-    """Runs this thread's shares; a team may have fewer threads than it was asked for."""
-    head = integers(address, 4)
-    num_shares = head[3]
-    ends = integers(address + 32, num_shares + 1)
-    calls = address + 8 * (num_shares + 5)
-    num_threads = call_integer(head[1])
-    for share in range(call_integer(head[2]), num_shares, num_threads):
-        for i in range(ends[share], ends[share + 1]):
-            a = integers(calls + 40 * i, 5)
-            call_kernel(head[0], a[0], a[1], a[2], a[3], a[4])
+    openmp.parallel(_RUN_TEAM.address, team.ctypes.data, len(calls), 0)
 
 
 @functools.cache
@@ -128,8 +114,7 @@ def _openmp() -> _OpenMP | None:
         return None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
-    run_team = compile_cached(_run_team, types.void(types.int64))
-    return _OpenMP(parallel, _address(num_threads), _address(thread_number), run_team)
+    return _OpenMP(parallel, _address(num_threads), _address(thread_number))
 
 
 def _address(function: Any) -> int:

@@ -12,18 +12,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
-STATES = 4
-ROW_BYTES = 4 * LANES
-BLOCK_BYTES = STATES * ROW_BYTES
+from storm_vlm.ops._cpu_layout import LANES, STATES
 
 F32, I32 = ir.FloatType(), ir.IntType(32)
 
@@ -207,17 +203,13 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _void_pointer(typingctx: Any, address: Any) -> Any:
+def integer(typingctx: Any, address: Any) -> Any:
+    """Reads a 64-bit integer."""
+
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        return builder.load(pointer_to(builder, args[0], ir.IntType(64)), align=8)
 
-    return types.voidptr(types.int64), build
-
-
-@inline
-def integers(address: int, count: int) -> np.ndarray:
-    """Returns the integers at an address."""
-    return carray(_void_pointer(address), (count,), np.int64)
+    return types.int64(types.int64), build
 
 
 @intrinsic
