@@ -12,8 +12,8 @@ from storm_vlm.ops._cpu_compile import Kernel
 from storm_vlm.ops._cpu_layout import (
     BLOCK_BYTES,
     CHANNELS,
+    GROUP_STEPS,
     NUM_CONVOLUTION_PLANES,
-    ROW_BYTES,
     Convolution,
     Plane,
 )
@@ -120,6 +120,7 @@ def _run(
         "blocks": -(-d // CHANNELS),
         "taps": taps,
         "lead": 0 if reverse else taps - 1,
+        "ring": 1 << (GROUP_STEPS + taps - 2).bit_length(),
     }
     addresses = {name: lender.address(table) for name, table in tables.items()}
     known = lent | numbers | addresses
@@ -128,8 +129,8 @@ def _run(
         for i, name in enumerate(Convolution._fields)
     ]
     shares = shares_of(b, numbers["blocks"], worth=b * length * d // _ELEMENTS_PER_THREAD)
-    # The last rows of the taps' gradient, and one block to gather those in that the channels do not fill.
-    scratch_bytes = (taps * numbers["blocks"] + 1) * BLOCK_BYTES + ROW_BYTES
+    # A ring for each block, and a block to gather those in that the channels do not fill.
+    scratch_bytes = (numbers["ring"] * numbers["blocks"] + 1) * BLOCK_BYTES
     run_shares(kernel, descriptor_of(fields), shares, scratch_bytes)
 
 

@@ -1,7 +1,7 @@
 """The compiled kernels of the depthwise convolution: a call does some blocks of 64 channels of one sample.
 
 Rows of channels are read one after the other as they lie in memory, each once from there: those before it are still in the
-cache. The gradient keeps the last rows of what flows into the taps.
+cache. The gradient keeps the last rows of what flows into the taps in a ring.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from storm_vlm.ops._cpu_layout import (
     BLOCK_BYTES,
     CHANNELS,
     FLOAT32,
+    GROUP_STEPS,
     NUM_CONVOLUTION_PLANES,
     PLANE_INTEGERS,
     ROW_BYTES,
@@ -34,45 +35,69 @@ def convolution_forward(descriptor: int, scratch: int, batch: int, first: int, e
 
 
 def convolution_backward(descriptor: int, scratch: int, batch: int, first: int, end: int) -> None:
-    """Computes the gradients of a range of blocks: of the taps' sum at a step, then of the input no later one needs."""
+    """Computes the gradients of a range of blocks, some steps at a time.
+
+    First the gradient of the taps' sum at each of these steps, which goes to weight and bias; then that of the inputs that no
+    later step reaches.
+    """
     c = _convolution_of(descriptor)
-    recent = scratch + BLOCK_BYTES
-    row_bytes = (end - first) * BLOCK_BYTES
-    for step in range(c.length + c.taps - 1):
-        if step < c.length:
-            row = recent + step % c.taps * row_bytes
-            for block in range(first, end):
-                grad = _taps_gradient(c, batch, step, block, scratch)
-                store(row + (block - first) * BLOCK_BYTES, grad)
-        done = step - c.lead
+    for start in range(0, c.length + c.taps - 1, GROUP_STEPS):
         for block in range(first, end):
-            total = zeros64()
-            for m in range(c.taps):
-                later = step - m
-                if 0 <= later < c.length:
-                    place = recent + later % c.taps * row_bytes + (block - first) * BLOCK_BYTES
-                    total = fma(_weight(c, m, block), load64(place), total)
-            if done < 0:
-                _write(c, c.grad_history, batch, done + c.lead, block, total, scratch)
-            elif done >= c.length:
-                _write(c, c.grad_history, batch, done - c.length, block, total, scratch)
-            else:
-                _write(c, c.written, batch, done, block, total, scratch)
+            last = min(start + GROUP_STEPS, c.length)
+            for step in range(start, last):
+                store(_recent(c, block, step, scratch), _taps_gradient(c, batch, step, block, scratch))
+            _add_weight_gradient(c, batch, block, start, last, scratch)
+            for step in range(start, min(start + GROUP_STEPS, c.length + c.taps - 1)):
+                _write_input_gradient(c, batch, step, block, scratch)
+
+
+@inline
+def _recent(c: Convolution, block: int, step: int, scratch: int) -> int:
+    """Returns the place of the gradient at one of the last steps, in a ring."""
+    return scratch + BLOCK_BYTES * (1 + block * c.ring + (step & (c.ring - 1)))
 
 
 @inline
 def _taps_gradient(c: Convolution, batch: int, step: int, block: int, scratch: int) -> Any:
-    """Returns the gradient of the taps' sum at a step, and adds it to those of weight and bias."""
+    """Returns the gradient of the taps' sum at a step."""
     _prefetch(c.x, batch, step, block)
+    _prefetch(c.grad_u, batch, step, block)
     total = _taps_of(c, batch, step, block, scratch)
     s = sigmoid(total)
-    grad = _read(c, c.grad_u, batch, step, block, scratch) * s * fma(total, 1.0 - s, 1.0)
-    bias = c.grad_bias + (batch * c.blocks + block) * BLOCK_BYTES
-    store(bias, load64(bias) + grad)
+    return _read(c, c.grad_u, batch, step, block, scratch) * s * fma(total, 1.0 - s, 1.0)
+
+
+@inline
+def _add_weight_gradient(c: Convolution, batch: int, block: int, start: int, end: int, scratch: int) -> None:
+    """Adds what some steps give to the gradients of weight and bias."""
+    place = c.grad_bias + (batch * c.blocks + block) * BLOCK_BYTES
+    total = load64(place)
+    for step in range(start, end):
+        total = total + load64(_recent(c, block, step, scratch))
+    store(place, total)
     for m in range(c.taps):
         place = c.grad_weight + ((batch * c.taps + m) * c.blocks + block) * BLOCK_BYTES
-        store(place, fma(grad, _input(c, batch, step + m - c.lead, block, scratch), load64(place)))
-    return grad
+        total = load64(place)
+        for step in range(start, end):
+            x = _input(c, batch, step + m - c.lead, block, scratch)
+            total = fma(load64(_recent(c, block, step, scratch)), x, total)
+        store(place, total)
+
+
+@inline
+def _write_input_gradient(c: Convolution, batch: int, step: int, block: int, scratch: int) -> None:
+    """Writes the gradient of the input that a step is the last to reach."""
+    total = zeros64()
+    for m in range(c.taps):
+        if 0 <= step - m < c.length:
+            total = fma(_weight(c, m, block), load64(_recent(c, block, step - m, scratch)), total)
+    done = step - c.lead
+    if done < 0:
+        _write(c, c.grad_history, batch, done + c.lead, block, total, scratch)
+    elif done >= c.length:
+        _write(c, c.grad_history, batch, done - c.length, block, total, scratch)
+    else:
+        _write(c, c.written, batch, done, block, total, scratch)
 
 
 @inline
@@ -144,5 +169,5 @@ def _convolution_of(descriptor: int) -> Convolution:
     return Convolution(
         plane_of(descriptor, 0), plane_of(descriptor, 1), plane_of(descriptor, 2), plane_of(descriptor, 3),
         plane_of(descriptor, 4), integer(d), integer(d + 8), integer(d + 16), integer(d + 24), integer(d + 32),
-        integer(d + 40), integer(d + 48), integer(d + 56), integer(d + 64),
+        integer(d + 40), integer(d + 48), integer(d + 56), integer(d + 64), integer(d + 72),
     )  # fmt: skip

@@ -16,6 +16,7 @@ BLOCK_BYTES = STATES * ROW_BYTES
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 CHANNELS = STATES * LANES  # of a block of the convolution
 NUM_CONVOLUTION_PLANES = 5
+GROUP_STEPS = 8  # of the convolution's gradient
 CHUNK_STEPS = 16
 SLAB_TILES = 4
 # Each plane has the scratch row of its number; those before `out` are read, the others written, where there are any.
@@ -105,6 +106,7 @@ class Convolution(NamedTuple):
     blocks: int  # of 64 channels
     taps: int
     lead: int  # rows before a step that its taps reach: k - 1 in scan order, 0 against it
+    ring: int  # rows of the ring of recent gradients, a power of two
     # Tables with the channels padded to whole blocks.
     weight: int  # (k, d), in the order of the rows
     bias: int  # (d,)
