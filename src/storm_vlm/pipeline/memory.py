@@ -10,7 +10,7 @@ import torch
 from storm_vlm.errors import BudgetError
 from storm_vlm.model import StormForConditionalGeneration, TokenCompression, visual_grid
 
-# Tokens that go through a Mamba layer at once; its buffers do not grow with the video.
+# Tokens that go through a Mamba layer at once; its buffers, but for one, do not grow with the video.
 MIX_CHUNK_TOKENS = 4096
 # Frames that are in memory as pixels at once.
 CHUNK_FRAMES = 8
@@ -101,10 +101,12 @@ def estimate_memory(
         model, groups * kept_rows * kept_columns + num_text_tokens, 0
     )
     tokens_bytes = frames * rows * columns * width * model.dtype.itemsize
+    # The first direction's output, as wide as the inner channels, until the second one is added to it.
+    kept_bytes = tokens_bytes * config.projector_config.expand * config.projector_config.bidirectional
     return MemoryEstimate(
         vision_bytes=num_pixels * 4 * _VISION_ACTIVATIONS,
         tokens_bytes=tokens_bytes,
-        mixing_bytes=tokens_bytes * _TOKEN_BUFFERS + mixer_bytes,
+        mixing_bytes=tokens_bytes * _TOKEN_BUFFERS + kept_bytes + mixer_bytes,
         kv_cache_bytes=kv_cache_bytes,
         prefill_bytes=prefill_bytes,
     )
