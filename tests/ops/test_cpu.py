@@ -142,6 +142,17 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         assert_identical(results(inputs), want)
 
 
+def test_own_threads_give_what_those_of_torch_give(threads, monkeypatch):
+    """Where torch has no OpenMP threads, or a fork has lost them."""
+    from storm_vlm.ops import _cpu_threads
+
+    inputs = make_inputs(300, b=3, d=300, n=16)
+    threads(3)
+    want = results(inputs)
+    monkeypatch.setattr(_cpu_threads, "_openmp", lambda: None)
+    assert_identical(results(inputs), want)
+
+
 def test_under_torch_compile():
     inputs = {name: value.float() for name, value in make_inputs(40).items()}
     want = selective_scan(**inputs, delta_softplus=True, backend="cpu")

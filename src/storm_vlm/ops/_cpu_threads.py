@@ -9,6 +9,7 @@ import ctypes
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,8 @@ def _run_on_openmp(openmp: _OpenMP, kernel: Kernel, calls: list[_Calls]) -> None
 @functools.cache
 def _openmp() -> _OpenMP | None:
     """Returns the OpenMP library of torch, None where it has none with GNU's entry point."""
+    if sys.platform != "linux":
+        return None
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     library = ctypes.CDLL(str(bundled[0]) if bundled else None)
     try:
