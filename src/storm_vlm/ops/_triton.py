@@ -72,7 +72,8 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor, grad_last_state: torch.Tensor) -> tuple[Any, ...]:
         """Computes the gradient of every input, chunk by chunk, against the order of the scan."""
         *tensors, starts = ctx.saved_tensors
-        launch = Launch(*tensors, ctx.delta_softplus, ctx.reverse)
+        u, delta, A, B, C, D, z, delta_bias = tensors
+        launch = Launch(u, delta, A, B, C, D, z, delta_bias, ctx.delta_softplus, ctx.reverse)
         with launch.on_device():
             adjoints = launch.chunk_starts(launch.state_table(grad_last_state), grad_out)
             gradients, grad_first = launch.gradients(starts, adjoints, grad_out)

@@ -21,7 +21,6 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _COUNTS = ["d", "groups", "num_tiles", "num_chunks", "chunk_tiles", "num_blocks", "adjacent"]
 
 
-
 @triton.jit
 def _place(num_chunks, groups, group_channels, first_block, num_blocks, CHANNELS: tl.constexpr):
     """Returns what a program works on: sample, chunk, group, the number of its block, first channel, channels left."""
@@ -35,8 +34,9 @@ def _place(num_chunks, groups, group_channels, first_block, num_blocks, CHANNELS
 
 
 @triton.jit
-def _pick(tile, steps, step: tl.constexpr):
-    """Returns one step of a tile; integer sums with zero vanish in the compiler, which those of floats do not."""
+def _pick(tile, step: tl.constexpr):
+    """Returns one step of ``(STEPS, STATES, CHANNELS)``; integer sums with zero vanish in the compiler, which those of floats do not."""
+    steps = tl.arange(0, tile.shape[0])[:, None, None]
     bits = tl.where(steps == step, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
 
@@ -76,15 +76,43 @@ def _softplus(x):
 
 
 @triton.jit
-def _load_delta(pointer, offsets, inside, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Returns ``delta`` before and after the bias and softplus; steps outside have 0 and leave the state alone."""
-    raw = tl.load(pointer + offsets, mask=inside, other=0).to(tl.float32)
-    if HAS_BIAS:
-        raw += bias
+def _load_tile(pointer, start, stride_l, stride_d, inside):
+    """Returns a tile as float32; zeros outside."""
+    steps, channels = tl.arange(0, inside.shape[0])[:, None], tl.arange(0, inside.shape[1])[None, :]
+    offsets = steps * stride_l + channels * stride_d
+    return tl.load(pointer + start * stride_l + offsets, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _store_tile(pointer, start, stride_l, stride_d, inside, tile):
+    steps, channels = tl.arange(0, inside.shape[0])[:, None], tl.arange(0, inside.shape[1])[None, :]
+    offsets = steps * stride_l + channels * stride_d
+    tl.store(pointer + start * stride_l + offsets, tile.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_channels(pointer, first, left, CHANNELS: tl.constexpr, IS_THERE: tl.constexpr):
+    """Returns a number of each channel, ``(1, CHANNELS)``; 0 if there are none."""
+    numbers = 0.0
+    if IS_THERE:
+        channels = tl.arange(0, CHANNELS)
+        numbers = tl.load(pointer + first + channels, mask=channels < left, other=0.0)[None, :]
+    return numbers
+
+
+@triton.jit
+def _time_step(raw, inside, SOFTPLUS: tl.constexpr):
+    """Returns ``delta`` after softplus; steps outside have 0 and leave the state alone."""
     delta = raw
     if SOFTPLUS:
         delta = _softplus(raw)
-    return raw, tl.where(inside, delta, 0.0)
+    return tl.where(inside, delta, 0.0)
+
+
+@triton.jit
+def _spread(tile, STATES: tl.constexpr):
+    """Returns a tile for all states: the layout of three dimensions gives each lane all steps of its channels."""
+    return tl.broadcast_to(tile[:, None, :], [tile.shape[0], STATES, tile.shape[1]])
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, "weight_groups", "first_block", "round_channels"])
@@ -108,12 +136,10 @@ def run_states(
     )
     channels, states, steps = tl.arange(0, CHANNELS), tl.arange(0, STATES), tl.arange(0, STEPS)
     present = channels < left
-    of_channels = (channels < left)[None, None, :]
+    of_channels = present[None, None, :]
     of_state = states[None, :, None] * d + (first + channels[None, None, :]) * adjacent
     decay_rates = tl.load(A + of_state, mask=of_channels, other=0.0)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(delta_bias + first + channels, mask=present, other=0.0)[None, :]
+    bias = _load_channels(delta_bias, first, left, CHANNELS, HAS_BIAS)
     values += sample * value_b + first.to(tl.int64) * value_d
     delta += sample * delta_b + first.to(tl.int64) * delta_d
     z += sample * z_b + first.to(tl.int64) * z_d
@@ -134,10 +160,7 @@ def run_states(
     first_tile = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, num_tiles - first_tile)
     for i in tl.range(0, count, num_stages=STAGES):
-        if DESCENDING:
-            tile = first_tile + count - 1 - i
-        else:
-            tile = first_tile + i
+        tile = first_tile + count - 1 - i if DESCENDING else first_tile + i
         if KEEP:
             place = _checkpoint(
                 sample, tile, group, block, groups, num_tiles, round_channels, adjacent, STATES, CHANNELS
@@ -145,30 +168,24 @@ def run_states(
             tl.store(checkpoints + place, state, mask=of_channels)
         start = tile.to(tl.int64) * STEPS
         inside = (start + steps < length)[:, None] & present[None, :]
-        offsets = steps[:, None] * delta_l + channels[None, :] * delta_d
-        raw, step_delta = _load_delta(delta + start * delta_l, offsets, inside, bias, HAS_BIAS, SOFTPLUS)
+        raw = _load_tile(delta, start, delta_l, delta_d, inside) + bias
+        step_delta = _time_step(raw, inside, SOFTPLUS)
         total += step_delta
-        offsets = steps[:, None] * value_l + channels[None, :] * value_d
-        x = tl.load(values + start * value_l + offsets, mask=inside, other=0).to(tl.float32)
+        x = _load_tile(values, start, value_l, value_d, inside)
         if ADJOINT:
             if HAS_Z:
-                offsets = steps[:, None] * z_l + channels[None, :] * z_d
-                gate = tl.load(z + start * z_l + offsets, mask=inside, other=0).to(tl.float32)
+                gate = _load_tile(z, start, z_l, z_d, inside)
                 x *= gate * _sigmoid(gate)
         else:
             x *= step_delta
-        # Broadcast first: the layout of three dimensions leaves all steps of a channel to the lanes that need them.
-        deltas = tl.broadcast_to(step_delta[:, None, :], [STEPS, STATES, CHANNELS])
-        xs = tl.broadcast_to(x[:, None, :], [STEPS, STATES, CHANNELS])
+        deltas = _spread(step_delta, STATES)
+        xs = _spread(x, STATES)
         for j in tl.static_range(BEGIN, END, STRIDE):
-            decay = tl.exp2(_pick(deltas, steps[:, None, None], j) * decay_rates)
+            decay = tl.exp2(_pick(deltas, j) * decay_rates)
             if not CONSTANT:
                 weight = tl.load(weights + (start + j) * STATES + states)[None, :, None]
-            added = _pick(xs, steps[:, None, None], j) * weight
-            if ADJOINT:
-                state = decay * (state + added)
-            else:
-                state = decay * state + added
+            added = _pick(xs, j) * weight
+            state = decay * (state + added) if ADJOINT else decay * state + added
     if not KEEP:
         tl.store(ends + row * STATES * d + of_state, state, mask=of_channels)
         tl.store(totals + row * d + first + channels, tl.sum(total, axis=0), mask=present)
@@ -189,10 +206,7 @@ def carry(
     decay_rates = tl.load(A + of_state, mask=present, other=0.0)
     state = tl.load(first_state + sample * STATES * d + of_state, mask=present, other=0.0)
     for i in tl.range(0, num_chunks, num_stages=STAGES):
-        if DESCENDING:
-            row = sample * num_chunks + num_chunks - 1 - i
-        else:
-            row = sample * num_chunks + i
+        row = sample * num_chunks + num_chunks - 1 - i if DESCENDING else sample * num_chunks + i
         end = tl.load(states + row * STATES * d + of_state, mask=present, other=0.0)
         total = tl.load(totals + row * d + channels, mask=present, other=0.0)
         tl.store(states + row * STATES * d + of_state, state, mask=present)
@@ -212,14 +226,11 @@ def forward(
     sample, chunk, group, _, first, left = _place(num_chunks, groups, group_channels, 0, num_blocks, CHANNELS)
     channels, states, steps = tl.arange(0, CHANNELS), tl.arange(0, STATES), tl.arange(0, STEPS)
     present = channels < left
-    of_channels = (channels < left)[None, None, :]
+    of_channels = present[None, None, :]
     of_state = states[None, :, None] * d + (first + channels[None, None, :]) * adjacent
     decay_rates = tl.load(A + of_state, mask=of_channels, other=0.0)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(delta_bias + first + channels, mask=present, other=0.0)[None, :]
-    if HAS_D:
-        skip = tl.load(D + first + channels, mask=present, other=0.0)[None, :]
+    bias = _load_channels(delta_bias, first, left, CHANNELS, HAS_BIAS)
+    skip = _load_channels(D, first, left, CHANNELS, HAS_D)
     u += sample * u_b + first.to(tl.int64) * u_d
     delta += sample * delta_b + first.to(tl.int64) * delta_d
     z += sample * z_b + first.to(tl.int64) * z_d
@@ -241,36 +252,30 @@ def forward(
     first_tile = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, num_tiles - first_tile)
     for i in tl.range(0, count, num_stages=STAGES):
-        if REVERSE:
-            tile = first_tile + count - 1 - i
-        else:
-            tile = first_tile + i
+        tile = first_tile + count - 1 - i if REVERSE else first_tile + i
         start = tile.to(tl.int64) * STEPS
         inside = (start + steps < length)[:, None] & present[None, :]
-        offsets = steps[:, None] * delta_l + channels[None, :] * delta_d
-        raw, step_delta = _load_delta(delta + start * delta_l, offsets, inside, bias, HAS_BIAS, SOFTPLUS)
-        offsets = steps[:, None] * u_l + channels[None, :] * u_d
-        step_u = tl.load(u + start * u_l + offsets, mask=inside, other=0).to(tl.float32)
+        raw = _load_tile(delta, start, delta_l, delta_d, inside) + bias
+        step_delta = _time_step(raw, inside, SOFTPLUS)
+        step_u = _load_tile(u, start, u_l, u_d, inside)
         if HAS_Z:
-            offsets = steps[:, None] * z_l + channels[None, :] * z_d
-            gate = tl.load(z + start * z_l + offsets, mask=inside, other=0).to(tl.float32)
-        deltas = tl.broadcast_to(step_delta[:, None, :], [STEPS, STATES, CHANNELS])
-        xs = tl.broadcast_to((step_delta * step_u)[:, None, :], [STEPS, STATES, CHANNELS])
+            gate = _load_tile(z, start, z_l, z_d, inside)
+        deltas = _spread(step_delta, STATES)
+        xs = _spread(step_delta * step_u, STATES)
         y = tl.zeros([STEPS, CHANNELS], tl.float32)
         for j in tl.static_range(BEGIN, END, STRIDE):
             if not CONSTANT_B:
                 B_row = tl.load(B + (start + j) * STATES + states)[None, :, None]
             if not CONSTANT_C:
                 C_row = tl.load(C + (start + j) * STATES + states)[None, :, None]
-            decay = tl.exp2(_pick(deltas, steps[:, None, None], j) * decay_rates)
-            state = decay * state + _pick(xs, steps[:, None, None], j) * B_row
+            decay = tl.exp2(_pick(deltas, j) * decay_rates)
+            state = decay * state + _pick(xs, j) * B_row
             y = tl.where((steps == j)[:, None], tl.sum(state * C_row, axis=1), y)
         if HAS_D:
             y += skip * step_u
         if HAS_Z:
             y *= gate * _sigmoid(gate)
-        offsets = steps[:, None] * out_l + channels[None, :] * out_d
-        tl.store(out + start * out_l + offsets, y.to(out.dtype.element_ty), mask=inside)
+        _store_tile(out, start, out_l, out_d, inside, y)
     last_chunk = 0 if REVERSE else num_chunks - 1
     if chunk == last_chunk:
         tl.store(last_state + sample * STATES * d + of_state, state, mask=of_channels)
@@ -298,14 +303,11 @@ def backward(
     )
     channels, states, steps = tl.arange(0, CHANNELS), tl.arange(0, STATES), tl.arange(0, STEPS)
     present = channels < left
-    of_channels = (channels < left)[None, None, :]
+    of_channels = present[None, None, :]
     of_state = states[None, :, None] * d + (first + channels[None, None, :]) * adjacent
     decay_rates = tl.load(A + of_state, mask=of_channels, other=0.0)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(delta_bias + first + channels, mask=present, other=0.0)[None, :]
-    if HAS_D:
-        skip = tl.load(D + first + channels, mask=present, other=0.0)[None, :]
+    bias = _load_channels(delta_bias, first, left, CHANNELS, HAS_BIAS)
+    skip = _load_channels(D, first, left, CHANNELS, HAS_D)
     u += sample * u_b + first.to(tl.int64) * u_d
     delta += sample * delta_b + first.to(tl.int64) * delta_d
     z += sample * z_b + first.to(tl.int64) * z_d
@@ -340,39 +342,33 @@ def backward(
     first_tile = chunk * chunk_tiles
     count = tl.minimum(chunk_tiles, num_tiles - first_tile)
     for i in tl.range(0, count, num_stages=STAGES):
-        if REVERSE:
-            tile = first_tile + i
-        else:
-            tile = first_tile + count - 1 - i
+        tile = first_tile + i if REVERSE else first_tile + count - 1 - i
         start = tile.to(tl.int64) * STEPS
         inside = (start + steps < length)[:, None] & present[None, :]
         place = _checkpoint(
             sample, tile, group, block, groups, num_tiles, round_channels, adjacent, STATES, CHANNELS
         )
         state = tl.load(checkpoints + place, mask=of_channels, other=0.0)
-        offsets = steps[:, None] * delta_l + channels[None, :] * delta_d
-        raw, step_delta = _load_delta(delta + start * delta_l, offsets, inside, bias, HAS_BIAS, SOFTPLUS)
-        offsets = steps[:, None] * u_l + channels[None, :] * u_d
-        step_u = tl.load(u + start * u_l + offsets, mask=inside, other=0).to(tl.float32)
-        offsets = steps[:, None] * out_l + channels[None, :] * out_d
-        flowing_back = tl.load(grad_out + start * out_l + offsets, mask=inside, other=0).to(tl.float32)
+        raw = _load_tile(delta, start, delta_l, delta_d, inside) + bias
+        step_delta = _time_step(raw, inside, SOFTPLUS)
+        step_u = _load_tile(u, start, u_l, u_d, inside)
+        flowing_back = _load_tile(grad_out, start, out_l, out_d, inside)
         grad_y = flowing_back
         if HAS_Z:
-            offsets = steps[:, None] * z_l + channels[None, :] * z_d
-            gate = tl.load(z + start * z_l + offsets, mask=inside, other=0).to(tl.float32)
+            gate = _load_tile(z, start, z_l, z_d, inside)
             open_part = _sigmoid(gate)
             grad_y = flowing_back * gate * open_part
-        deltas = tl.broadcast_to(step_delta[:, None, :], [STEPS, STATES, CHANNELS])
-        xs = tl.broadcast_to((step_delta * step_u)[:, None, :], [STEPS, STATES, CHANNELS])
-        es = tl.broadcast_to(grad_y[:, None, :], [STEPS, STATES, CHANNELS])
+        deltas = _spread(step_delta, STATES)
+        xs = _spread(step_delta * step_u, STATES)
+        es = _spread(grad_y, STATES)
 
         before = tl.zeros([STEPS, STATES, CHANNELS], tl.float32)
         for j in tl.static_range(BEGIN, END, STRIDE):
             before = tl.where((steps == j)[:, None, None], state, before)
             if not CONSTANT_B:
                 B_row = tl.load(B + (start + j) * STATES + states)[None, :, None]
-            decay = tl.exp2(_pick(deltas, steps[:, None, None], j) * decay_rates)
-            state = decay * state + _pick(xs, steps[:, None, None], j) * B_row
+            decay = tl.exp2(_pick(deltas, j) * decay_rates)
+            state = decay * state + _pick(xs, j) * B_row
 
         y = tl.zeros([STEPS, CHANNELS], tl.float32)
         grad_x = tl.zeros([STEPS, CHANNELS], tl.float32)
@@ -382,11 +378,11 @@ def backward(
                 B_row = tl.load(B + (start + j) * STATES + states)[None, :, None]
             if not CONSTANT_C:
                 C_row = tl.load(C + (start + j) * STATES + states)[None, :, None]
-            delta_j = _pick(deltas, steps[:, None, None], j)
-            x_j = _pick(xs, steps[:, None, None], j)
-            e_j = _pick(es, steps[:, None, None], j)
+            delta_j = _pick(deltas, j)
+            x_j = _pick(xs, j)
+            e_j = _pick(es, j)
             decay = tl.exp2(delta_j * decay_rates)
-            through = decay * _pick(before, steps[:, None, None], j)
+            through = decay * _pick(before, j)
             after = through + x_j * B_row
             grad_state = adjoint + e_j * C_row
             if CONSTANT_C:
@@ -397,7 +393,9 @@ def backward(
             if CONSTANT_B:
                 sum_B += grad_state * x_j
             else:
-                part = tl.broadcast_to(tl.sum(grad_state * x_j, axis=2, keep_dims=True), [1, STATES, CHANNELS])
+                part = tl.broadcast_to(
+                    tl.sum(grad_state * x_j, axis=2, keep_dims=True), [1, STATES, CHANNELS]
+                )
                 tl.store(grad_B + (of_block + (start + j) * STATES) + of_part, part, mask=is_writer)
             through *= grad_state
             sum_A += through * delta_j
@@ -413,19 +411,15 @@ def backward(
             y += skip * step_u
             step_grad_u += skip * grad_y
             sum_D += grad_y * step_u
-        offsets = steps[:, None] * gu_l + channels[None, :] * gu_d
-        tl.store(grad_u + start * gu_l + offsets, step_grad_u.to(grad_u.dtype.element_ty), mask=inside)
+        _store_tile(grad_u, start, gu_l, gu_d, inside, step_grad_u)
         step_grad_delta = grad_decay * _LN_2 + grad_x * step_u
         if SOFTPLUS:
             step_grad_delta *= _sigmoid(raw)
         sum_bias += tl.where(inside, step_grad_delta, 0.0)
-        offsets = steps[:, None] * gdelta_l + channels[None, :] * gdelta_d
-        into = grad_delta + start * gdelta_l + offsets
-        tl.store(into, step_grad_delta.to(grad_delta.dtype.element_ty), mask=inside)
+        _store_tile(grad_delta, start, gdelta_l, gdelta_d, inside, step_grad_delta)
         if HAS_Z:
             step_grad_z = flowing_back * y * open_part * (1 + gate * (1 - open_part))
-            offsets = steps[:, None] * gz_l + channels[None, :] * gz_d
-            tl.store(grad_z + start * gz_l + offsets, step_grad_z.to(grad_z.dtype.element_ty), mask=inside)
+            _store_tile(grad_z, start, gz_l, gz_d, inside, step_grad_z)
 
     first_chunk = num_chunks - 1 if REVERSE else 0
     if chunk == first_chunk:

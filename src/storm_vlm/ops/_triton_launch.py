@@ -18,9 +18,13 @@ from storm_vlm.ops import _triton_kernels as kernels
 # between layouts), not from times. Every program is one warp, so that sums over channels and states need no barrier.
 _STEPS = 8  # of a tile, whose states and decays the backward pass holds in registers: 16 steps spill
 _FORWARD_ELEMENTS = 512  # channels times states of a program: a lane has all 16 states of one channel
-_BACKWARD_ELEMENTS = 128  # a lane has four states of a channel: balances sums over states with sums over channels
+_BACKWARD_ELEMENTS = (
+    128  # a lane has four states of a channel: balances sums over states with sums over channels
+)
 _FEWEST_CHANNELS, _MOST_CHANNELS = 2, 32
-_BACKWARD_REGISTERS = 168  # 12 warps for each of an H100's processors instead of 8, for a few spilled registers
+_BACKWARD_REGISTERS = (
+    168  # 12 warps for each of an H100's processors instead of 8, for a few spilled registers
+)
 _STAGES = 1  # of Triton's loop pipelining
 _PROGRAMS_PER_PROCESSOR = 32  # about three waves of warps, so that the last one weighs little
 _FEWEST_CHUNK_TILES = 16  # shorter chunks would make the sequential pass and the kept states weigh
@@ -117,6 +121,9 @@ class Launch:
             first: State before the first chunk, ``(b, N, d)``.
             grad_out: Gradient of the output, ``(b, d, l)``: states are then those of the gradient, from the last step of
                 the scan to its first.
+
+        Returns:
+            Tables in the order of memory, whatever the direction.
         """
         if self.chunks == 1:
             return first.unsqueeze(1)
@@ -164,6 +171,9 @@ class Launch:
             starts: State before each chunk, ``(b, chunks, N, d)``.
             adjoints: Gradient of the state after each chunk.
             grad_out: Gradient of the output, ``(b, d, l)``.
+
+        Returns:
+            Those of ``u``, ``delta`` and ``z`` in dtype and memory order of the input, the others in float32.
         """
         grad_u, grad_delta = torch.empty_like(self.u), torch.empty_like(self.delta)
         grad_z = None if self.z is None else torch.empty_like(self.z)
