@@ -23,6 +23,8 @@ from storm_vlm.ops._arguments import ScanArguments
 from storm_vlm.ops._triton_launch import Launch
 
 
+# A compiled function calls the scan as it is: there is nothing to gain by tracing launches.
+@torch.compiler.disable
 def scan(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the recurrence in Triton kernels, with a backward pass of its own.
 
