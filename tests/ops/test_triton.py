@@ -111,7 +111,7 @@ def test_state_sizes(n):
 )
 def test_forms_of_the_input_and_output_weights(cut, groups, constant):
     cut(1)
-    inputs, other = (make_inputs(10, groups=number, constant=constant) for number in groups)
+    inputs, other = (make_inputs(10, b=1, groups=number, constant=constant) for number in groups)
     check(inputs | {"C": other["C"]})
 
 
