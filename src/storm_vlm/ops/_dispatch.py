@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from storm_vlm.errors import StormError
 from storm_vlm.ops import _mamba_ssm, _reference, _torch
 from storm_vlm.ops._arguments import ScanArguments
 
@@ -122,7 +123,7 @@ def backend_choice(
         The backend's name and the reason.
 
     Raises:
-        ValueError: The backend forced is unknown, lacks its package or device, or does not run on this device or with
+        StormError: The backend forced is unknown, lacks its package or device, or does not run on this device or with
             this dtype.
     """
     device = torch.device(device)
@@ -134,11 +135,11 @@ def backend_choice(
     entry = _BACKENDS.get(backend)
     if entry is None:
         available = ", ".join(available_backends())
-        raise ValueError(f"{forced_by}={backend!r}: no such scan backend; there are {available}")
+        raise StormError(f"{forced_by}={backend!r}: no such scan backend; there are {available}")
     if entry.missing:
-        raise ValueError(f"{forced_by}={backend!r} {entry.missing}")
+        raise StormError(f"{forced_by}={backend!r} {entry.missing}")
     if not entry.serves(device, dtype):
-        raise ValueError(f"{forced_by}={backend!r} does not run on {device.type} with {_short(dtype)}")
+        raise StormError(f"{forced_by}={backend!r} does not run on {device.type} with {_short(dtype)}")
     return BackendChoice(backend, f"forced by {forced_by}")
 
 
