@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from storm_vlm.ops import _reference, _torch
+from storm_vlm.errors import StormError
+from storm_vlm.ops import _mamba_ssm, _reference, _torch
 from storm_vlm.ops._arguments import ScanArguments
 
 logger = logging.getLogger(__name__)
@@ -32,22 +33,31 @@ class BackendChoice:
 
 @dataclass(frozen=True, slots=True)
 class _Backend:
-    """One way to compute the scan; the first of the table that serves a device is its default."""
+    """One way to compute the scan; the first of the table that serves a device, unless only forced, is its default."""
 
     scan: Callable[[ScanArguments], tuple[torch.Tensor, torch.Tensor]]
     devices: str
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     requires: str | None = None
     is_definition: bool = False
+    is_forced_only: bool = False
 
     @property
-    def is_installed(self) -> bool:
-        """Whether the package that the backend needs is there; it is not imported."""
-        return self.requires is None or importlib.util.find_spec(self.requires) is not None
+    def missing(self) -> str | None:
+        """What the backend needs and this machine has not, if anything; its package is not imported."""
+        if self.requires is not None and importlib.util.find_spec(self.requires) is None:
+            return f"needs the package {self.requires}"
+        if self.devices == "cuda" and not torch.cuda.is_available():
+            return "needs a CUDA device, and there is none here"
+        return None
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether the backend is made for this type of device."""
+        return self.devices in ("any", device.type)
 
     def serves(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the backend runs here, on this device and with inputs of this dtype."""
-        return self.is_installed and self.devices in ("any", device.type) and dtype in self.dtypes
+        return self.missing is None and self.runs_on(device) and dtype in self.dtypes
 
 
 def _scan_on_cpu(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,25 +67,45 @@ def _scan_on_cpu(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _cpu.scan(arguments)
 
 
+def _scan_in_triton(arguments: ScanArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Imports the kernels for GPUs when they are first needed."""
+    from storm_vlm.ops import _triton
+
+    return _triton.scan(arguments)
+
+
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
 # Fastest first.
 _BACKENDS = {
-    "cpu": _Backend(
-        _scan_on_cpu,
-        devices="cpu",
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        requires="numba",
+    "triton": _Backend(_scan_in_triton, devices="cuda", dtypes=_HALF_AND_SINGLE, requires="triton"),
+    "mamba_ssm": _Backend(
+        _mamba_ssm.scan, devices="cuda", dtypes=_HALF_AND_SINGLE, requires="mamba_ssm", is_forced_only=True
     ),
+    "cpu": _Backend(_scan_on_cpu, devices="cpu", dtypes=_HALF_AND_SINGLE, requires="numba"),
     "torch": _Backend(_torch.scan, devices="any"),
     "reference": _Backend(_reference.scan, devices="any", is_definition=True),
 }
 
 
-def available_backends(dtype: torch.dtype | None = None) -> tuple[str, ...]:
-    """Returns the names of the backends that this installation has, fastest first; of those for a dtype if given."""
+def available_backends(
+    dtype: torch.dtype | None = None, *, device: torch.device | str | None = None
+) -> tuple[str, ...]:
+    """Returns the names of the backends that run on this machine, fastest first.
+
+    Args:
+        dtype: Only those that serve inputs of this dtype; of any if None.
+        device: Only those that run on this type of device; on any that is here if None.
+
+    Returns:
+        Keys of the backends.
+    """
     return tuple(
         name
         for name, entry in _BACKENDS.items()
-        if entry.is_installed and (dtype is None or dtype in entry.dtypes)
+        if entry.missing is None
+        and (dtype is None or dtype in entry.dtypes)
+        and (device is None or entry.runs_on(torch.device(device)))
     )
 
 
@@ -93,7 +123,8 @@ def backend_choice(
         The backend's name and the reason.
 
     Raises:
-        ValueError: The backend forced is unknown, or does not run on the device or with the dtype.
+        StormError: The backend forced is unknown, lacks its package or device, or does not run on this device or with
+            this dtype.
     """
     device = torch.device(device)
     forced_by = "argument backend"
@@ -101,25 +132,27 @@ def backend_choice(
         forced_by = BACKEND_VARIABLE
     if backend is None:
         return _fastest(device, dtype)
-    if backend not in available_backends():
+    entry = _BACKENDS.get(backend)
+    if entry is None:
         available = ", ".join(available_backends())
-        raise ValueError(f"{forced_by}={backend!r}: no such scan backend; there are {available}")
-    if not _BACKENDS[backend].serves(device, dtype):
-        raise ValueError(f"{forced_by}={backend!r} does not run on {device.type} with {_short(dtype)}")
+        raise StormError(f"{forced_by}={backend!r}: no such scan backend; there are {available}")
+    if entry.missing:
+        raise StormError(f"{forced_by}={backend!r} {entry.missing}")
+    if not entry.serves(device, dtype):
+        raise StormError(f"{forced_by}={backend!r} does not run on {device.type} with {_short(dtype)}")
     return BackendChoice(backend, f"forced by {forced_by}")
 
 
 def _fastest(device: torch.device, dtype: torch.dtype) -> BackendChoice:
     """Returns the first backend of the table that serves, and says which faster one does not and why."""
     reasons = [f"fastest backend here for {device.type} {_short(dtype)}"]
-    for name, entry in _BACKENDS.items():
+    candidates = {name: entry for name, entry in _BACKENDS.items() if not entry.is_forced_only}
+    for name, entry in candidates.items():
         if entry.serves(device, dtype):
             return BackendChoice(name, "; ".join(reasons))
-        if entry.devices in ("any", device.type):
+        if entry.runs_on(device):
             serves = f"serves {', '.join(_short(x) for x in entry.dtypes)}"
-            reasons.append(
-                f"{name} {serves if entry.is_installed else f'needs the package {entry.requires}'}"
-            )
+            reasons.append(f"{name} {entry.missing or serves}")
     raise ValueError(f"no scan backend serves {device.type} with {dtype}")
 
 
