@@ -143,7 +143,7 @@ def _ask_order(script: Script, rng: random.Random) -> _Draft:
     )
     if kind == "after":
         before, answer = rng.choice(followed)
-        prompt = f"Which thing appears next after the {before} has left?"
+        prompt = f"Which thing do you see next after the {before}?"
         return _Draft(prompt, answer, _others(script, rng, before, answer))
     answer = script.appearances[0 if kind == "first" else -1].thing
     return _Draft(f"Which of the things appears {kind} in the video?", answer, _others(script, rng, answer))
@@ -161,21 +161,21 @@ def _ask_count(script: Script, rng: random.Random) -> _Draft:
         answer = max(counts.values())
         name = rng.choice([name for name, count in counts.items() if count == answer])
         choices = range(1, MAX_REPEATS + 1)
-        prompt = f"How many separate times does the {name} appear in the video?"
+        prompt = f"How many separate times do you see the {name}?"
     return _Draft(prompt, str(answer), tuple(str(choice) for choice in choices if choice != answer))
 
 
 def _ask_direction(script: Script, rng: random.Random) -> _Draft:
     moving = rng.choice([a for a in _appearing_once(script) if a.motion != "still"])
     distractors = tuple(motion for motion in MOTIONS if motion != moving.motion)
-    return _Draft(f"In which direction does the {moving.thing} move?", moving.motion, distractors)
+    return _Draft(f"In which direction do you see the {moving.thing} move?", moving.motion, distractors)
 
 
 def _ask_change(script: Script, rng: random.Random) -> _Draft:
     change = rng.choice(script.changes)
     if change.into:
         return _Draft(
-            f"What does the {change.thing} turn into?", change.into, _others(script, rng, change.thing)
+            f"What do you see the {change.thing} turn into?", change.into, _others(script, rng, change.thing)
         )
     distractors = tuple(_look(kind) for kind in LOOK_CHANGES if kind != change.kind)
     return _Draft(f"What happens to the {change.thing}?", _look(change.kind), distractors)
@@ -188,7 +188,7 @@ def _look(kind: str) -> str:
 def _ask_where(script: Script, rng: random.Random) -> _Draft:
     staying = rng.choice([a for a in _appearing_once(script) if a.motion == "still"])
     answer = _corner(staying)
-    prompt = f"In which part of the picture is the {staying.thing}?"
+    prompt = f"In which part of the picture do you see the {staying.thing}?"
     return _Draft(prompt, answer, tuple(corner for corner in CORNERS if corner != answer))
 
 
@@ -206,7 +206,7 @@ def _ask_when(script: Script, rng: random.Random) -> _Draft:
     spans = [
         _span(number * quarter_seconds, (number + 1) * quarter_seconds) for number in range(NUM_QUARTERS)
     ]
-    prompt = f"When does the {rng.choice(quarters[quarter])} appear in the video?"
+    prompt = f"When do you see the {rng.choice(quarters[quarter])}?"
     return _Draft(prompt, spans[quarter], tuple(spans[:quarter] + spans[quarter + 1 :]))
 
 
@@ -233,7 +233,7 @@ def _describe(script: Script) -> _Draft:
         action = f"moves {appearance.motion}" if appearance.motion != "still" else "stays in place"
         if index in changes:
             action = _told_change(changes[index])
-        sentences.append(f"{opening} {with_article(appearance.thing)} appears; it {action}.")
+        sentences.append(f"{opening} {with_article(appearance.thing)}: it {action}.")
     words = " and ".join(f'"{text.word.upper()}"' for text in script.texts)
     sentences.append(f"The screen shows {words}.")
     return _Draft("Describe what happens in the video.", " ".join(sentences), ())

@@ -19,6 +19,10 @@ from storm_vlm.storage import atomic_file, cache_directory
 _MASTER_PIXELS = 192
 _HALO_PIXELS = 7
 _PURPLE = (150, 30, 200)
+LOOKS = ("upside down", "purple")
+_COMPARED_PIXELS = 48
+# Mean over the box of the thing, of 255: balls, suns and purple fruits stay below.
+_LEAST_DIFFERENCE = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,20 @@ def render_sprite(style: str, name: str, longer_pixels: int, look: str = "") -> 
     scale = longer_pixels / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
+
+
+@lru_cache(maxsize=1024)
+def shows_changes(style: str, name: str) -> bool:
+    """Whether a thing looks clearly different upside down and in purple, as a ball or a bunch of grapes does not."""
+    plain = _compose_on_grey(render_sprite(style, name, _COMPARED_PIXELS))
+    changed = [_compose_on_grey(render_sprite(style, name, _COMPARED_PIXELS, look)) for look in LOOKS]
+    return all(np.abs(plain - picture).mean() > _LEAST_DIFFERENCE for picture in changed)
+
+
+def _compose_on_grey(sprite: np.ndarray) -> np.ndarray:
+    """Lays a sprite ``(h, w, 4)`` over mid-grey, ``(h, w, 3)`` float32."""
+    alpha = sprite[..., 3:].astype(np.float32) / 255
+    return sprite[..., :3] * alpha + 128 * (1 - alpha)
 
 
 @lru_cache(maxsize=1024)
