@@ -149,7 +149,7 @@ def _generate_split(
     for count in _run_chunks(config, folder, split, chunks, workers):
         done += count
         report(split, done, total)
-    records = [record for index in range(total) for record in _records(config, split, index)]
+    records = [record for index in range(total) for record in make_records(config, split, index)]
     with atomic_file(folder / "annotations.json") as path:
         path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
@@ -194,7 +194,7 @@ def _script_path(folder: Path, index: int) -> Path:
     return folder / "scripts" / f"{index:06d}.json"
 
 
-def _records(config: WorldConfig, split: Split, index: int) -> Iterator[dict[str, Any]]:
+def make_records(config: WorldConfig, split: Split, index: int) -> Iterator[dict[str, Any]]:
     """Makes the records of a video as LLaVA writes them, with keys of our own beside."""
     script, questions = make_sample(config, split, index)
     for number, question in enumerate(questions):
