@@ -36,9 +36,6 @@ def render_background(background: Background, width: int, height: int) -> np.nda
 
     Returns:
         Picture ``(h, w, 3)`` uint8, read-only.
-
-    Raises:
-        StormError: The family is unknown, or scikit-image is missing.
     """
     rng = np.random.default_rng(background.seed)
     if background.photo is not None:

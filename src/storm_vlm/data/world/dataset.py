@@ -38,9 +38,6 @@ def make_sample(config: WorldConfig, split: Split, index: int) -> tuple[Script, 
 
     Returns:
         The script, and the multiple-choice questions before the open ones.
-
-    Raises:
-        StormError: The pictures of a style are not installed.
     """
     script = direct(config, split, index)
     names = split_names(config, split)
@@ -69,9 +66,6 @@ def generate_dataset(
         out: Folder; it may hold a part of the same world.
         workers: Processes; one for each core if None.
         report: Is told the split, how many of its videos are done, and of how many.
-
-    Raises:
-        StormError: The folder holds something else or another world, or the pictures are not installed.
     """
     _claim_folder(config, out)
     for split in SPLITS:

@@ -136,11 +136,7 @@ def sample_rng(config: WorldConfig, split: Split, index: int, purpose: str) -> r
 
 
 def split_names(config: WorldConfig, split: Split) -> tuple[str, ...]:
-    """Returns the names that a split may show: those that every style can draw, so that styles share one vocabulary.
-
-    Raises:
-        StormError: The pictures of a style are not installed.
-    """
+    """Returns the names that a split may show: those that every style can draw, so that styles share one vocabulary."""
     drawable = frozenset.intersection(*(available_names(s) for s in (*config.styles, config.unseen_style)))
     things = vocabulary(unseen=split == "test_unseen_objects")
     return tuple(thing.name for thing in things if thing.name in drawable)
@@ -156,9 +152,6 @@ def direct(config: WorldConfig, split: Split, index: int) -> Script:
 
     Returns:
         The script.
-
-    Raises:
-        StormError: The pictures of a style are not installed.
     """
     rng = sample_rng(config, split, index, "script")
     difficulty: Difficulty = rng.choice(("easy", "medium", "hard"))

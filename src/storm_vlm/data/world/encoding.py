@@ -21,9 +21,6 @@ def write_video(script: Script, path: Path) -> None:
     Args:
         script: What happens.
         path: File to write; its suffix names the container.
-
-    Raises:
-        StormError: The pictures are not installed.
     """
     _encode(iterate_frames(script, frame_times(script)), path, script)
 

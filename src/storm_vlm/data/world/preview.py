@@ -24,9 +24,6 @@ def draw_preview(config: WorldConfig, split: Split, num_videos: int, out: Path) 
         split: One of its splits.
         num_videos: Number of videos.
         out: PNG file to write.
-
-    Raises:
-        StormError: The pictures of a style are not installed.
     """
     blocks = [_draw_video(*make_sample(config, split, index)) for index in range(num_videos)]
     sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), "white")

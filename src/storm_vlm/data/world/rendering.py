@@ -24,9 +24,6 @@ def render_frames(script: Script, timestamps_seconds: Iterable[float]) -> np.nda
 
     Returns:
         Frames ``(t, h, w, 3)`` uint8, RGB.
-
-    Raises:
-        StormError: A time is outside the video, or the pictures are not installed.
     """
     frames = list(iterate_frames(script, timestamps_seconds))
     return np.stack(frames) if frames else np.empty((0, script.height, script.width, 3), np.uint8)

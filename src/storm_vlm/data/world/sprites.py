@@ -126,11 +126,7 @@ def unpack_iconify(icons: IconifySet, pack: Path) -> None:
 
 
 def available_names(style: str) -> frozenset[str]:
-    """Returns the names of the things that a style can draw.
-
-    Raises:
-        StormError: The style's pictures are not installed; the message says how to get them.
-    """
+    """Returns the names of the things that a style can draw."""
     svgs = _svg_sources(style)
     return frozenset(thing.name for thing in load_things().values() if thing.codepoint in svgs)
 
@@ -147,9 +143,6 @@ def render_sprite(style: str, name: str, longer_pixels: int, look: str = "") -> 
 
     Returns:
         Picture ``(h, w, 4)`` uint8, RGBA.
-
-    Raises:
-        StormError: The style's pictures are not installed.
     """
     picture = _master(style, name)
     if look == "upside down":
