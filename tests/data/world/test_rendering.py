@@ -132,3 +132,11 @@ def test_iconify_pack_is_unpacked_by_code_point(tmp_path, monkeypatch):
     (svg,) = json.loads(ICONIFY_SETS["twemoji"].cache_path.read_text()).values()
     assert body in svg
     assert 'viewBox="0 0 32 32"' in svg
+
+
+@pytest.mark.parametrize("style", list(ICONIFY_SETS))
+def test_iconify_styles_draw_every_thing(style):
+    if not ICONIFY_SETS[style].cache_path.is_file():
+        pytest.skip(f"sprites of style {style} are not downloaded: storm world setup")
+    assert available_names(style) == set(load_things())
+    assert all((render_sprite(style, name, 32)[..., 3] > 128).mean() > 0.15 for name in load_things())
