@@ -1,0 +1,1 @@
+"""Training data: conversation records, mixtures and the synthetic video world."""
