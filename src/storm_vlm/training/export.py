@@ -1,0 +1,62 @@
+"""What a run leaves: the whole model, and the adapter with the trained weights alone."""
+
+from pathlib import Path
+
+from transformers import Trainer
+
+from storm_vlm.model import StormConfig, StormProcessor
+from storm_vlm.model.adapter import apply_adapter, save_adapter_settings, save_projector
+from storm_vlm.model.compose import save_model
+from storm_vlm.training.model import make_model
+from storm_vlm.training.recipe import Recipe
+
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
+_PROJECTOR_PREFIX = "model.temporal_projector."
+
+
+def export_trained(
+    trainer: Trainer, recipe: Recipe, processor: StormProcessor, config: StormConfig
+) -> list[Path]:
+    """Writes the trained model and the adapter, as the recipe asks; every process must call this.
+
+    Args:
+        trainer: After training.
+        recipe: Says what is written, and where.
+        processor: Saved beside the model.
+        config: The model's config.
+
+    Returns:
+        The folders written.
+    """
+    model_folder, adapter_folder = (recipe.output.folder / name for name in (MODEL_FOLDER, ADAPTER_FOLDER))
+    written: list[Path] = []
+    has_lora = recipe.lora is not None
+    if has_lora:
+        # The merged model is made from these files, so they are written in any case.
+        trainer.save_model(str(adapter_folder))
+    elif recipe.output.merged:
+        trainer.save_model(str(model_folder))
+        written.append(model_folder)
+    if not has_lora and recipe.output.adapter:
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        if trainer.is_world_process_zero():
+            save_projector(
+                {
+                    name.removeprefix(_PROJECTOR_PREFIX): tensor
+                    for name, tensor in weights.items()
+                    if name.startswith(_PROJECTOR_PREFIX)
+                },
+                adapter_folder,
+            )
+    if has_lora or recipe.output.adapter:
+        if trainer.is_world_process_zero():
+            save_adapter_settings(config, processor, adapter_folder)
+        written.append(adapter_folder)
+    if has_lora and recipe.output.merged:
+        if trainer.is_world_process_zero():
+            base, base_processor = make_model(recipe)
+            merged = apply_adapter(base, base_processor, adapter_folder)
+            save_model(merged, base_processor, model_folder, overwrite=True)
+        written.append(model_folder)
+    trainer.accelerator.wait_for_everyone()
+    return written
