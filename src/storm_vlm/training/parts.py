@@ -89,3 +89,12 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         size = parameter.numel()
         counts[part_of(name)] = (total + size, trained + size * parameter.requires_grad)
     return counts
+
+
+def sharded_layer_names(model: StormForConditionalGeneration) -> list[str]:
+    """Returns the classes of layers that FSDP may shard one by one: the language model's.
+
+    Processes meet at each sharded layer. How often the encoder and the projector run depends on the pictures of a batch,
+    so they must be gathered once a step, with what is left of the model.
+    """
+    return sorted(model.language_model._no_split_modules or [])

@@ -26,7 +26,7 @@ from storm_vlm.model import StormConfig, StormProcessor
 from storm_vlm.training.curve import plot_curve
 from storm_vlm.training.export import export_trained
 from storm_vlm.training.model import make_model
-from storm_vlm.training.parts import prepare_parts
+from storm_vlm.training.parts import prepare_parts, sharded_layer_names
 from storm_vlm.training.plan import TrainingPlan, make_plan
 from storm_vlm.training.recipe import Recipe
 from storm_vlm.training.trainer import StormTrainer, training_arguments
@@ -63,6 +63,7 @@ class _Parts:
     mixture: Mixture
     lengths: np.ndarray | None
     batches: TrainingBatches
+    sharded_layers: list[str]
 
 
 def plan_training(recipe: Recipe) -> TrainingPlan:
@@ -115,6 +116,9 @@ def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> Trai
         data_collator=StormCollator(parts.processor),
         processing_class=parts.processor,
     )
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and not fsdp.transformer_cls_names_to_wrap:
+        fsdp.transformer_cls_names_to_wrap = parts.sharded_layers
     if arguments.process_index == 0:
         _write_settings(recipe)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -137,7 +141,7 @@ def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
     schedule, data = recipe.schedule, recipe.data
     mixture = Mixture(read_mixture_config(data.mixture), seed=schedule.seed)
     model, processor = make_model(recipe)
-    config = model.config
+    config, sharded_layers = model.config, sharded_layer_names(model)
     needs_lengths = data.group_by_length or data.token_budget is not None
     lengths = estimate_lengths(mixture, processor) if needs_lengths else None
     batches = TrainingBatches(
@@ -150,7 +154,7 @@ def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
         max_steps=schedule.max_steps,
     )
     trained = prepare_parts(model, recipe.learning_rates, recipe.lora)
-    return _Parts(trained, config, processor, mixture, lengths, batches)
+    return _Parts(trained, config, processor, mixture, lengths, batches, sharded_layers)
 
 
 def _last_checkpoint(recipe: Recipe) -> Path | None:
