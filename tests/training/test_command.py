@@ -33,6 +33,11 @@ def test_mistakes_are_one_line(storm_here, write_recipe, tmp_path):  # noqa: F81
         (write_recipe(), ("--set", f"data.mixture={tmp_path / 'no.json'}"), "no.json: no such file"),
         (write_recipe(), ("--set", "model.path=nowhere"), "cannot load the model nowhere"),
         (write_recipe(), ("--set", "video.spatial_pool=9"), "video: spatial_pool=9"),
+        (
+            write_recipe(),
+            ("--set", "schedule.lr_scheduler=cosinus"),
+            "cosinus is not a valid SchedulerType",
+        ),
     ):
         result = storm_here("train", recipe, "--cpu", *arguments)
         assert result.returncode == 2, message

@@ -161,6 +161,12 @@ def test_adapter_put_onto_the_base_is_the_merged_model(recipe, tiny_folder, lora
     assert got.config.compression.temporal_sample == processor.video_processor.temporal_sample == 2
     assert got.config.projector_config.is_trained
     assert adapter_options(adapter_folder, ComposeOptions(seed=7)).temporal_pool == 2
+    names = {file.name for file in adapter_folder.iterdir()} - {"storm_adapter.json"}
+    assert names == (
+        {"adapter_config.json", "adapter_model.safetensors"} if lora else {"temporal_projector.safetensors"}
+    )
+    assert not list(model_folder.glob("*.bin"))
+    assert str(tiny_folder) not in "".join(file.read_text() for file in adapter_folder.glob("*.json"))
     size = sum(file.stat().st_size for file in adapter_folder.glob("*.safetensors"))
     assert size < sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
 

@@ -1,5 +1,6 @@
 """What a run leaves: the whole model, and the adapter with the trained weights alone."""
 
+import json
 from pathlib import Path
 
 from transformers import Trainer
@@ -11,6 +12,7 @@ from storm_vlm.training.model import make_model
 from storm_vlm.training.recipe import Recipe
 
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PROJECTOR_PREFIX = "model.temporal_projector."
 
 
@@ -34,8 +36,13 @@ def export_trained(
     if has_lora:
         # The merged model is made from these files, so they are written in any case.
         trainer.save_model(str(adapter_folder))
+        if trainer.is_world_process_zero():
+            _keep_adapter_alone(adapter_folder)
     elif recipe.output.merged:
         trainer.save_model(str(model_folder))
+        if trainer.is_world_process_zero():
+            # A pickle, and nothing that a user of the model needs.
+            (model_folder / "training_args.bin").unlink(missing_ok=True)
         written.append(model_folder)
     if not has_lora and recipe.output.adapter:
         weights = trainer.accelerator.get_state_dict(trainer.model)
@@ -60,3 +67,14 @@ def export_trained(
         written.append(model_folder)
     trainer.accelerator.wait_for_everyone()
     return written
+
+
+def _keep_adapter_alone(folder: Path) -> None:
+    """Removes what the Trainer writes beside an adapter, and where its base lay on this machine."""
+    for file in folder.iterdir():
+        if file.name not in _ADAPTER_FILES:
+            file.unlink()
+    config_file = folder / _ADAPTER_FILES[0]
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = None
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

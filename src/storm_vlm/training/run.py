@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -90,7 +91,7 @@ def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> Trai
     Raises:
         RecipeError: The output folder belongs to another recipe, or has checkpoints and ``resume`` is False.
     """
-    arguments = training_arguments(recipe, use_cpu=use_cpu)
+    arguments = training_arguments(recipe, use_cpu=use_cpu or not torch.accelerator.is_available())
     checkpoint = _last_checkpoint(recipe)
     if checkpoint is not None and not resume:
         raise RecipeError(f"output.folder: {recipe.output.folder} has checkpoints: resume or choose another")

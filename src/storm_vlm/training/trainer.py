@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from storm_vlm.data import BadSampleLog, TrainingBatches
+from storm_vlm.errors import RecipeError
 from storm_vlm.training.parts import parameter_groups
 from storm_vlm.training.recipe import LearningRates, Recipe
 from storm_vlm.training.throughput import Throughput
@@ -76,40 +77,47 @@ class StormTrainer(Trainer):
             yield batch
 
 
-def training_arguments(recipe: Recipe, **options: Any) -> TrainingArguments:
+def training_arguments(recipe: Recipe, *, use_cpu: bool) -> TrainingArguments:
     """Returns the Trainer's settings for a recipe.
 
     Args:
         recipe: The recipe.
-        **options: Settings of `transformers.TrainingArguments` beside it.
+        use_cpu: Leave a GPU alone.
 
     Returns:
         The settings; the Trainer sees the whole run as one epoch.
+
+    Raises:
+        RecipeError: The Trainer knows no such optimizer, scheduler or tracker.
     """
-    schedule, output = recipe.schedule, recipe.output
-    rates = recipe.learning_rates
-    if schedule.gradient_checkpointing:
-        options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    schedule, output, rates = recipe.schedule, recipe.output, recipe.learning_rates
     known = [rates.vision_tower, rates.temporal_projector, rates.language_model]
-    return TrainingArguments(
-        output_dir=str(output.folder),
-        num_train_epochs=1,
-        learning_rate=max(rate for rate in known if rate is not None),
-        per_device_train_batch_size=schedule.batch_size or 1,
-        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
-        warmup_steps=schedule.warmup_ratio,
-        lr_scheduler_type=schedule.lr_scheduler,
-        weight_decay=schedule.weight_decay,
-        max_grad_norm=schedule.max_grad_norm,
-        optim=schedule.optimizer,
-        bf16=schedule.bf16,
-        seed=schedule.seed,
-        logging_steps=output.logging_steps,
-        save_steps=output.save_steps,
-        save_total_limit=output.save_total_limit,
-        report_to=list(output.report_to),
-        dataloader_num_workers=recipe.data.num_workers,
-        accelerator_config={"even_batches": False, "split_batches": False, "dispatch_batches": False},
-        remove_unused_columns=False,
-        **options,
-    )
+    options: dict[str, Any] = {}
+    if schedule.gradient_checkpointing:
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    try:
+        return TrainingArguments(
+            output_dir=str(output.folder),
+            num_train_epochs=1,
+            learning_rate=max(rate for rate in known if rate is not None),
+            per_device_train_batch_size=schedule.batch_size or 1,
+            gradient_accumulation_steps=schedule.gradient_accumulation_steps,
+            warmup_steps=schedule.warmup_ratio,
+            lr_scheduler_type=schedule.lr_scheduler,
+            weight_decay=schedule.weight_decay,
+            max_grad_norm=schedule.max_grad_norm,
+            optim=schedule.optimizer,
+            bf16=schedule.bf16,
+            seed=schedule.seed,
+            logging_steps=output.logging_steps,
+            save_steps=output.save_steps,
+            save_total_limit=output.save_total_limit,
+            report_to=list(output.report_to),
+            dataloader_num_workers=recipe.data.num_workers,
+            accelerator_config={"even_batches": False, "split_batches": False, "dispatch_batches": False},
+            remove_unused_columns=False,
+            use_cpu=use_cpu,
+            **options,
+        )
+    except ValueError as error:
+        raise RecipeError(f"schedule or output: {str(error).splitlines()[0]}") from error
