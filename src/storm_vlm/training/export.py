@@ -30,42 +30,51 @@ def export_trained(
     Returns:
         The folders written.
     """
+    export = _export_lora if recipe.lora is not None else _export_weights
+    written = export(trainer, recipe, processor, config)
+    trainer.accelerator.wait_for_everyone()
+    return written
+
+
+def _export_lora(
+    trainer: Trainer, recipe: Recipe, processor: StormProcessor, config: StormConfig
+) -> list[Path]:
+    """Writes the adapter, from which the merged model is made."""
+    model_folder, adapter_folder = (recipe.output.folder / name for name in (MODEL_FOLDER, ADAPTER_FOLDER))
+    trainer.save_model(str(adapter_folder))
+    if trainer.is_world_process_zero():
+        _keep_adapter_alone(adapter_folder)
+        save_adapter_settings(config, processor, adapter_folder)
+        if recipe.output.merged:
+            base, base_processor = make_model(recipe)
+            merged = apply_adapter(base, base_processor, adapter_folder)
+            save_model(merged, base_processor, model_folder, overwrite=True)
+    return [adapter_folder, model_folder] if recipe.output.merged else [adapter_folder]
+
+
+def _export_weights(
+    trainer: Trainer, recipe: Recipe, processor: StormProcessor, config: StormConfig
+) -> list[Path]:
+    """Writes the model and, if nothing else was trained, the projector alone."""
     model_folder, adapter_folder = (recipe.output.folder / name for name in (MODEL_FOLDER, ADAPTER_FOLDER))
     written: list[Path] = []
-    has_lora = recipe.lora is not None
-    if has_lora:
-        # The merged model is made from these files, so they are written in any case.
-        trainer.save_model(str(adapter_folder))
-        if trainer.is_world_process_zero():
-            _keep_adapter_alone(adapter_folder)
-    elif recipe.output.merged:
+    if recipe.output.merged:
         trainer.save_model(str(model_folder))
         if trainer.is_world_process_zero():
             # A pickle, and nothing that a user of the model needs.
             (model_folder / "training_args.bin").unlink(missing_ok=True)
         written.append(model_folder)
-    if not has_lora and recipe.output.adapter:
+    if recipe.output.adapter:
         weights = trainer.accelerator.get_state_dict(trainer.model)
         if trainer.is_world_process_zero():
-            save_projector(
-                {
-                    name.removeprefix(_PROJECTOR_PREFIX): tensor
-                    for name, tensor in weights.items()
-                    if name.startswith(_PROJECTOR_PREFIX)
-                },
-                adapter_folder,
-            )
-    if has_lora or recipe.output.adapter:
-        if trainer.is_world_process_zero():
+            projector = {
+                name.removeprefix(_PROJECTOR_PREFIX): tensor
+                for name, tensor in weights.items()
+                if name.startswith(_PROJECTOR_PREFIX)
+            }
+            save_projector(projector, adapter_folder)
             save_adapter_settings(config, processor, adapter_folder)
         written.append(adapter_folder)
-    if has_lora and recipe.output.merged:
-        if trainer.is_world_process_zero():
-            base, base_processor = make_model(recipe)
-            merged = apply_adapter(base, base_processor, adapter_folder)
-            save_model(merged, base_processor, model_folder, overwrite=True)
-        written.append(model_folder)
-    trainer.accelerator.wait_for_everyone()
     return written
 
 
