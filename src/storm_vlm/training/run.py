@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from storm_vlm.data import (
     BadSampleLog,
@@ -159,13 +158,16 @@ def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
 
 
 def _last_checkpoint(recipe: Recipe) -> Path | None:
-    """Returns the newest whole checkpoint; one that a crash cut short has no trainer state and is removed."""
-    folder = recipe.output.folder
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        if (Path(found) / _STATE).is_file():
-            return Path(found)
-        logger.warning("%s is not whole, and is removed", found)
-        shutil.rmtree(found)
+    """Returns the newest whole checkpoint: the Trainer writes its state last, so one cut short by a crash has none."""
+    folders = recipe.output.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = {int(folder.name.rpartition("-")[2]): folder for folder in folders if folder.is_dir()}
+    for number in sorted(numbered, reverse=True):
+        try:
+            json.loads((numbered[number] / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is not whole, and is passed over", numbered[number])
+        else:
+            return numbered[number]
     return None
 
 
