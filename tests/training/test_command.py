@@ -32,6 +32,7 @@ def test_mistakes_are_one_line(storm_here, write_recipe, tmp_path):  # noqa: F81
         (write_recipe(), ("--set", "schedule.steps=1"), "unknown setting schedule.steps"),
         (write_recipe(), ("--set", f"data.mixture={tmp_path / 'no.json'}"), "no.json: no such file"),
         (write_recipe(), ("--set", "model.path=nowhere"), "cannot load the model nowhere"),
+        (write_recipe(), ("--set", "output.report_to=[diary]"), "diary is no tracker that is installed"),
         (write_recipe(), ("--set", "video.spatial_pool=9"), "video: spatial_pool=9"),
         (
             write_recipe(),

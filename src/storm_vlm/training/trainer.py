@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from storm_vlm.data import BadSampleLog, TrainingBatches
 from storm_vlm.errors import RecipeError
@@ -91,6 +92,11 @@ def training_arguments(recipe: Recipe, *, use_cpu: bool) -> TrainingArguments:
         RecipeError: The Trainer knows no such optimizer, scheduler or tracker.
     """
     schedule, output, rates = recipe.schedule, recipe.output, recipe.learning_rates
+    installed = get_available_reporting_integrations()
+    if missing := [tracker for tracker in output.report_to if tracker not in installed]:
+        raise RecipeError(
+            f"output.report_to: {missing[0]} is no tracker that is installed, those are: {', '.join(installed)}"
+        )
     known = [rates.vision_tower, rates.temporal_projector, rates.language_model]
     options: dict[str, Any] = {}
     if schedule.gradient_checkpointing:
