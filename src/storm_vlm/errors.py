@@ -15,3 +15,11 @@ class ModelError(StormError):
 
 class BudgetError(StormError):
     """A request does not fit the context, the token budget or the memory; the message says what would."""
+
+
+class DataError(StormError):
+    """A data set, a mixture or one of its records cannot be read; the message names the file and the field."""
+
+
+class RecipeError(StormError):
+    """A training recipe has an unknown or unusable setting; the message names the file and the field."""

@@ -254,3 +254,20 @@ def test_a_folder_that_has_no_preprocessing(tmp_path, llm):
     with pytest.raises(ModelError, match="vision") as error:
         load_vision_tower(tmp_path / "vision")
     assert "\n" not in str(error.value)
+
+
+def test_composing_twice_gives_the_same_weights():
+    """Also where the vocabulary has no room for the placeholders: an adapter fits every composition."""
+    from tests.model.tiny import byte_tokenizer, causal_lm, vision_tower
+
+    models = []
+    for seed in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            tower, language_model = vision_tower(), causal_lm(vocab_size=260)
+            torch.manual_seed(seed)
+            models.append(compose_model(tower, language_model, byte_tokenizer(), ComposeOptions())[0])
+    first, second = (model.state_dict() for model in models)
+    assert models[0].get_input_embeddings().weight.shape[0] > 260
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name

@@ -89,6 +89,19 @@ def test_frozen_parts(tiny, frozen, trained):
     assert not any(part in name for name in got for part in frozen)
 
 
+def test_a_text_alone_takes_part_in_every_layer(tiny):
+    """Its loss is what it is without the encoder; the projector gets a gradient, and it is zero."""
+    model, processor = tiny
+    batch = make_batch(processor, [CONVERSATIONS[1]])
+    want = model.eval()(**batch).loss
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("temporal_projector" in name)
+    loss, got = gradients(model.train(), batch)
+    assert torch.equal(loss, want)
+    assert got.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(not gradient.any() for gradient in got.values())
+
+
 def test_lora_trains_writes_and_merges(tiny, tmp_path):
     model, processor = tiny
     batch = make_batch(processor)

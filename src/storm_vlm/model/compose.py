@@ -230,7 +230,10 @@ def _add_placeholders(language_model: PreTrainedModel, tokenizer: PreTrainedToke
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
-        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # The same rows each time: an adapter trained on one composition is put onto another.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def _model_config(

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from storm_vlm.errors import ModelError
+from storm_vlm.model.adapter import adapter_hash, adapter_options, apply_adapter
 from storm_vlm.model.compose import ComposeOptions, VisionTower, compose_model, save_model
 from storm_vlm.model.demo_parts import LANGUAGE_MODEL, VISION_ENCODER, DemoPart, fetch_part, find_part
 from storm_vlm.model.efficientnet_lite import load_efficientnet_lite0
 from storm_vlm.model.gguf import load_gguf_language_model
+from storm_vlm.model.modeling_storm import StormForConditionalGeneration
+from storm_vlm.model.processing_storm import StormProcessor
 from storm_vlm.storage import cache_directory
 
 DEFAULT_MODEL_NAME = "storm-smol"
@@ -16,6 +19,8 @@ DEFAULT_MODEL_NAME = "storm-smol"
 _IMAGE_SIZE = (256, 256)
 # The encoder was trained on pixels (x - 127) / 128.
 _IMAGE_MEAN, _IMAGE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+# What training made of it, if this package ships it: see `adapter`.
+_ADAPTER = Path(__file__).parent / DEFAULT_MODEL_NAME
 _OPTIONS = ComposeOptions(temporal_pool=4, num_frames=32, frame_separator="timestamp")
 
 
@@ -23,21 +28,13 @@ def default_model_path() -> Path:
     """Returns the folder of the default model, composing it on first use if its parts are on this machine.
 
     Returns:
-        A folder in the cache that `VideoQA.from_pretrained` loads.
-
-    Raises:
-        ModelError: A part is missing; the message says how to get it.
+        A folder in the cache that `VideoQA.from_pretrained` loads; a missing part is a ModelError that says how to
+        get it.
     """
     folder = _folder()
     if (folder / "config.json").is_file():
         return folder
-    parts = {part: find_part(part) for part in (LANGUAGE_MODEL, VISION_ENCODER)}
-    missing = [part.name for part, path in parts.items() if path is None]
-    if missing:
-        raise ModelError(
-            f"the default model needs its parts ({', '.join(missing)}): run `storm setup-demo` once, or give --model"
-        )
-    return _compose(folder, parts)
+    return _compose(folder, _found_parts())
 
 
 def setup_default_model(progress: Callable[[str], None] | None = None) -> Path:
@@ -49,9 +46,7 @@ def setup_default_model(progress: Callable[[str], None] | None = None) -> Path:
     Returns:
         A folder in the cache that `VideoQA.from_pretrained` loads.
     """
-    parts: dict[DemoPart, Path | None] = {
-        part: fetch_part(part, progress) for part in (LANGUAGE_MODEL, VISION_ENCODER)
-    }
+    parts = {part: fetch_part(part, progress) for part in (LANGUAGE_MODEL, VISION_ENCODER)}
     folder = _folder()
     if not (folder / "config.json").is_file():
         if progress is not None:
@@ -65,17 +60,51 @@ def _folder() -> Path:
     recipe = repr(
         (_OPTIONS, _IMAGE_SIZE, _IMAGE_MEAN, _IMAGE_STD, LANGUAGE_MODEL.sha256, VISION_ENCODER.sha256)
     )
+    if _ADAPTER.is_dir():
+        recipe += adapter_hash(_ADAPTER)
     fingerprint = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     return cache_directory() / "models" / f"{DEFAULT_MODEL_NAME}-{fingerprint}"
 
 
-def _compose(folder: Path, parts: dict[DemoPart, Path | None]) -> Path:
-    language_model_path, vision_path = parts[LANGUAGE_MODEL], parts[VISION_ENCODER]
-    if language_model_path is None or vision_path is None:
-        raise ModelError("the parts of the default model are missing")
-    tower = VisionTower(load_efficientnet_lite0(vision_path).eval(), _IMAGE_SIZE, _IMAGE_MEAN, _IMAGE_STD)
-    language_model, tokenizer = load_gguf_language_model(language_model_path)
-    model, processor = compose_model(tower, language_model, tokenizer, _OPTIONS)
+def compose_default_parts(
+    options: ComposeOptions = _OPTIONS,
+) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    """Composes a model from the parts of the default model, with other choices than its own.
+
+    Args:
+        options: Choices for the projector, the compression and the frames.
+
+    Returns:
+        The model in evaluation mode and its processor; a missing part is a ModelError that says how to get it.
+    """
+    return _compose_parts(_found_parts(), options)
+
+
+def _found_parts() -> dict[DemoPart, Path]:
+    found = {part: find_part(part) for part in (LANGUAGE_MODEL, VISION_ENCODER)}
+    missing = [part.name for part, path in found.items() if path is None]
+    if missing:
+        raise ModelError(
+            f"the default model needs its parts ({', '.join(missing)}): run `storm setup-demo` once, or give --model"
+        )
+    return {part: path for part, path in found.items() if path is not None}
+
+
+def _compose_parts(
+    parts: dict[DemoPart, Path], options: ComposeOptions
+) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    encoder = load_efficientnet_lite0(parts[VISION_ENCODER]).eval()
+    language_model, tokenizer = load_gguf_language_model(parts[LANGUAGE_MODEL])
+    tower = VisionTower(encoder, _IMAGE_SIZE, _IMAGE_MEAN, _IMAGE_STD)
+    return compose_model(tower, language_model, tokenizer, options)
+
+
+def _compose(folder: Path, parts: dict[DemoPart, Path]) -> Path:
+    if _ADAPTER.is_dir():
+        model, processor = _compose_parts(parts, adapter_options(_ADAPTER, _OPTIONS))
+        model = apply_adapter(model, processor, _ADAPTER)
+    else:
+        model, processor = _compose_parts(parts, _OPTIONS)
     # Overwriting means: whoever comes second, after a crash or beside another process, leaves a whole model too.
     save_model(model, processor, folder, overwrite=True)
     return folder

@@ -243,6 +243,8 @@ class StormModel(StormPreTrainedModel):
         )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if image_features is None and video_features is None and self._trains_on_pictures():
+            inputs_embeds = inputs_embeds + 0 * self._blank_tokens().sum()
         is_prompt = _is_prompt(input_ids, past_key_values)
         for modality, features in (("image", image_features), ("video", video_features)):
             if features is not None or is_prompt:
@@ -289,6 +291,22 @@ class StormModel(StormPreTrainedModel):
             output = self.get_video_features(pixel_values_videos, video_grid_thw, video_compression)
             video_features = torch.cat(output.pooler_output)
         return image_features, video_features
+
+    def _trains_on_pictures(self) -> bool:
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        parts = (self.temporal_projector, self.vision_tower)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def _blank_tokens(self) -> torch.Tensor:
+        """Encodes a blank picture: in training a text alone takes part in every layer too.
+
+        Otherwise a batch of texts has nothing to learn where the language model is frozen, and processes that share the
+        layers of the model wait for each other.
+        """
+        native = getattr(self.config.vision_config, "image_size", None) or 8 * self.config.vision_patch_size
+        size = (native, native) if isinstance(native, int) else tuple(native)
+        return self._get_features(torch.zeros(1, 3, *size), [1], None).pooler_output[0]
 
     def _get_features(
         self, pixel_values: torch.Tensor, num_frames: list[int], compressions: torch.Tensor | None

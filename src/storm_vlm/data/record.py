@@ -1,0 +1,71 @@
+"""One conversation with its pictures and videos: the form that every data format is brought to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ItemType = Literal["text", "image", "video"]
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A piece of a message.
+
+    Attributes:
+        type: What it is.
+        value: The text, or the path of the file.
+    """
+
+    type: ItemType
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        items: What is said and shown, in order.
+    """
+
+    role: Role
+    items: tuple[Item, ...]
+
+    @property
+    def text(self) -> str:
+        """The words of the message."""
+        return "".join(item.value for item in self.items if item.type == "text")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation.
+
+    Attributes:
+        name: Its id in its data set, for messages.
+        turns: The messages, the first one first.
+    """
+
+    name: str
+    turns: tuple[Turn, ...]
+
+    def paths(self, item_type: ItemType) -> list[Path]:
+        """Returns the files of one type in the order in which the conversation shows them."""
+        return [Path(item.value) for turn in self.turns for item in turn.items if item.type == item_type]
+
+    def to_messages(self) -> list[dict[str, Any]]:
+        """Returns chat messages for `StormProcessor.apply_chat_template`; an answer is plain text."""
+        return [
+            {"role": turn.role, "content": turn.text}
+            if all(item.type == "text" for item in turn.items)
+            else {
+                "role": turn.role,
+                "content": [
+                    {"type": item.type, "text" if item.type == "text" else "path": item.value}
+                    for item in turn.items
+                ],
+            }
+            for turn in self.turns
+        ]

@@ -1,0 +1,129 @@
+"""Adapters: what training changed, without the parts that it did not; put onto a freshly composed model.
+
+A folder holds ``storm_adapter.json`` (how the model is composed and used) and either peft's files (LoRA and, beside it,
+the projector) or ``temporal_projector.safetensors`` (the projector alone).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from storm_vlm.errors import ModelError
+from storm_vlm.model.compose import ComposeOptions
+from storm_vlm.model.configuration_storm import StormConfig
+from storm_vlm.model.modeling_storm import StormForConditionalGeneration
+from storm_vlm.model.processing_storm import StormProcessor
+
+_SETTINGS, _PROJECTOR, _LORA = "storm_adapter.json", "temporal_projector.safetensors", "adapter_config.json"
+_COMPRESSION = ("temporal_pool", "spatial_pool", "temporal_sample")
+_PROJECTOR_FIELDS = (
+    "hidden_size", "projector_type", "downsample", "num_mamba_layers", "bidirectional", "d_state", "d_conv",
+    "expand", "dt_rank", "norm_eps",
+)  # fmt: skip
+
+
+def save_adapter_settings(config: StormConfig, processor: StormProcessor, folder: Path) -> None:
+    """Writes how a model is composed and used: its projector's shape, compression and frames."""
+    settings = {
+        "projector": {name: getattr(config.projector_config, name) for name in _PROJECTOR_FIELDS},
+        **{name: getattr(config, name) for name in _COMPRESSION},
+        "vision_feature_layer": config.vision_feature_layer,
+        "num_frames": processor.video_processor.num_frames,
+        "frame_separator": processor.frame_separator,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def save_projector(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes the weights of a temporal projector, named as in its state dict."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / _PROJECTOR)
+
+
+def adapter_options(folder: Path, options: ComposeOptions) -> ComposeOptions:
+    """Returns the choices that a model must be composed with to take an adapter.
+
+    Args:
+        folder: Folder of the adapter.
+        options: Choices that the adapter says nothing about.
+
+    Returns:
+        ``options`` with what the adapter says; a folder without an adapter is a ModelError.
+    """
+    return replace(options, **_settings(folder))
+
+
+def apply_adapter(
+    model: StormForConditionalGeneration, processor: StormProcessor, folder: Path
+) -> StormForConditionalGeneration:
+    """Puts an adapter onto a composed model; LoRA is merged into the language model.
+
+    Args:
+        model: Composed from the parts that the adapter was trained with, with `adapter_options` or a projector of the
+            same shape.
+        processor: Its processor; both get the adapter's compression, frames and separators.
+        folder: Folder of the adapter.
+
+    Returns:
+        The model with the adapter's weights, in evaluation mode.
+
+    Raises:
+        ModelError: There is no adapter, or it does not fit the model.
+    """
+    settings = _settings(folder)
+    try:
+        if (folder / _LORA).is_file():
+            from peft import PeftModel  # noqa: PLC0415 (an optional dependency)
+
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        else:
+            model.temporal_projector.load_state_dict(load_file(folder / _PROJECTOR))
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"adapter {folder} does not fit the model: {str(error).splitlines()[0]}") from error
+    model.config.projector_config.is_trained = True
+    apply_video_settings(model, processor, **{name: settings[name] for name in (*_COMPRESSION, "num_frames")})
+    processor.frame_separator = settings["frame_separator"]
+    return model.eval()
+
+
+def apply_video_settings(
+    model: StormForConditionalGeneration,
+    processor: StormProcessor,
+    *,
+    num_frames: int,
+    temporal_pool: int,
+    spatial_pool: int,
+    temporal_sample: int,
+) -> None:
+    """Makes a model and its processor agree on how videos are seen; both save it."""
+    model.config.temporal_pool = temporal_pool
+    model.config.spatial_pool = spatial_pool
+    model.config.temporal_sample = temporal_sample
+    video = processor.video_processor
+    video.num_frames, video.temporal_pool = num_frames, temporal_pool
+    video.spatial_pool, video.temporal_sample = spatial_pool, temporal_sample
+    processor.image_processor.spatial_pool = spatial_pool
+    _ = video.compression, model.config.compression  # a bad value is an error here and not at the first video
+
+
+def adapter_hash(folder: Path) -> str:
+    """Returns a hash of an adapter's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no adapter: {_SETTINGS} cannot be read") from error

@@ -1,0 +1,100 @@
+"""The parts of a model in training: which are frozen, which get LoRA, and their groups in the optimizer."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from storm_vlm.model import StormForConditionalGeneration
+from storm_vlm.training.recipe import PART_NAMES, LearningRates, LoraRecipe
+
+
+def part_of(parameter_name: str) -> str:
+    """Returns the part that a parameter belongs to; the head belongs to the language model."""
+    names = parameter_name.split(".")
+    return next((part for part in PART_NAMES if part in names), "language_model")
+
+
+def prepare_parts(
+    model: StormForConditionalGeneration, rates: LearningRates, lora: LoraRecipe | None
+) -> StormForConditionalGeneration | PeftModel:
+    """Freezes the parts without a learning rate and gives the language model its LoRA weights.
+
+    Args:
+        model: The model, changed in place.
+        rates: Learning rate of each part, None if it is frozen.
+        lora: Adapters of the language model's linear layers; None for none.
+
+    Returns:
+        The model, within peft's if there is LoRA: the other trained parts are saved beside the adapters.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(getattr(rates, part_of(name)) is not None)
+    if lora is None:
+        return model
+    leaves = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.language_model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    whole = [part for part in PART_NAMES[:2] if getattr(rates, part) is not None]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it is divided by the rank; a fraction is fine
+        lora_dropout=lora.dropout,
+        target_modules=rf".*\.language_model\..*\.({'|'.join(sorted(leaves))})",
+        modules_to_save=whole or None,
+    )
+    return get_peft_model(model, config)
+
+
+def parameter_groups(
+    model: nn.Module, rates: LearningRates, weight_decay: float, decayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Returns the trained parameters by part, those with and without weight decay apart.
+
+    Args:
+        model: The model after `prepare_parts`.
+        rates: Learning rate of each part.
+        weight_decay: Of the parameters in ``decayed``.
+        decayed: Names of parameters with weight decay.
+
+    Returns:
+        Groups for a torch optimizer, in a fixed order.
+    """
+    groups: dict[tuple[str, bool], list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), name in decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": getattr(rates, part),
+            "weight_decay": weight_decay if has_decay else 0.0,
+            "part": part,
+        }
+        for (part, has_decay), parameters in sorted(groups.items(), key=lambda entry: entry[0])
+    ]
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns all and trained parameters of each part, adapters with it; shared weights count once."""
+    counts = dict.fromkeys(PART_NAMES, (0, 0))
+    for name, parameter in model.named_parameters():
+        if ".original_module." in f".{name}":
+            continue  # peft's untouched copy of a part that is trained
+        total, trained = counts[part_of(name)]
+        size = parameter.numel()
+        counts[part_of(name)] = (total + size, trained + size * parameter.requires_grad)
+    return counts
+
+
+def sharded_layer_names(model: StormForConditionalGeneration) -> list[str]:
+    """Returns the classes of layers that FSDP may shard one by one: the language model's.
+
+    Processes meet at each sharded layer. How often the encoder and the projector run depends on the pictures of a batch,
+    so they must be gathered once a step, with what is left of the model.
+    """
+    return sorted(model.language_model._no_split_modules or [])

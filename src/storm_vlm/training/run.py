@@ -1,0 +1,202 @@
+"""Runs a recipe: model, data, Trainer, checkpoints, and what is written at the end."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from storm_vlm.data import (
+    BadSampleLog,
+    Mixture,
+    StormCollator,
+    TrainingBatches,
+    TrainingDataset,
+    estimate_lengths,
+    read_mixture_config,
+)
+from storm_vlm.errors import RecipeError
+from storm_vlm.model import StormConfig, StormProcessor
+from storm_vlm.training.curve import plot_curve
+from storm_vlm.training.export import export_trained
+from storm_vlm.training.model import make_model
+from storm_vlm.training.parts import prepare_parts, sharded_layer_names
+from storm_vlm.training.plan import TrainingPlan, make_plan
+from storm_vlm.training.recipe import Recipe
+from storm_vlm.training.trainer import StormTrainer, training_arguments
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS, _CURVE, _STATE = "recipe.json", "training_curve.png", "trainer_state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a run came to.
+
+    Attributes:
+        num_steps: Steps of the optimizer.
+        final_loss: Last loss of the log; None if none was logged.
+        num_bad_samples: Records that could not be used.
+        folders: Folders of the trained model and its adapter.
+        curve: Picture of the training curve; None if no loss was logged.
+    """
+
+    num_steps: int
+    final_loss: float | None
+    num_bad_samples: int
+    folders: tuple[Path, ...]
+    curve: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    model: Any
+    config: StormConfig
+    processor: StormProcessor
+    mixture: Mixture
+    lengths: np.ndarray | None
+    batches: TrainingBatches
+    sharded_layers: list[str]
+
+
+def plan_training(recipe: Recipe) -> TrainingPlan:
+    """Returns what `train` would do, without doing it."""
+    num_processes = PartialState().num_processes
+    parts = _prepare(recipe, num_processes)
+    lengths = parts.lengths if parts.lengths is not None else estimate_lengths(parts.mixture, parts.processor)
+    return make_plan(
+        recipe, parts.model, parts.config.text_config, parts.batches, lengths.tolist(), num_processes
+    )
+
+
+def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> TrainingResult:
+    """Trains, from the last checkpoint in the output folder if there is one.
+
+    Args:
+        recipe: What to do.
+        resume: Go on from the last checkpoint; otherwise an output folder with checkpoints is an error.
+        use_cpu: Leave a GPU alone.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        RecipeError: The output folder belongs to another recipe, or has checkpoints and ``resume`` is False.
+    """
+    arguments = training_arguments(recipe, use_cpu=use_cpu or not torch.accelerator.is_available())
+    checkpoint = _last_checkpoint(recipe)
+    if checkpoint is not None and not resume:
+        raise RecipeError(f"output.folder: {recipe.output.folder} has checkpoints: resume or choose another")
+    _check_same_recipe(recipe, is_resumed=checkpoint is not None)
+    set_seed(recipe.schedule.seed)
+    parts = _prepare(recipe, arguments.world_size)
+    bad_samples = BadSampleLog(
+        recipe.output.folder / f"bad_samples-{arguments.process_index}.jsonl", recipe.data.max_bad_samples
+    )
+    trainer = StormTrainer(
+        batches=parts.batches,
+        bad_samples=bad_samples,
+        learning_rates=recipe.learning_rates,
+        model=parts.model,
+        args=arguments,
+        train_dataset=TrainingDataset(
+            parts.mixture,
+            parts.processor,
+            max_length=recipe.data.max_length,
+            max_bad_samples=recipe.data.max_bad_samples,
+            lengths=parts.lengths,
+        ),
+        data_collator=StormCollator(parts.processor),
+        processing_class=parts.processor,
+    )
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and not fsdp.transformer_cls_names_to_wrap:
+        fsdp.transformer_cls_names_to_wrap = parts.sharded_layers
+    if arguments.process_index == 0:
+        _write_settings(recipe)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_state()
+    folders = export_trained(trainer, recipe, parts.processor, parts.config)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    curve = recipe.output.folder / _CURVE if losses else None
+    if curve is not None and trainer.is_world_process_zero():
+        plot_curve(recipe.output.folder / _STATE, curve)
+    return TrainingResult(
+        num_steps=trainer.state.global_step,
+        final_loss=losses[-1] if losses else None,
+        num_bad_samples=len(bad_samples),
+        folders=tuple(folders),
+        curve=curve,
+    )
+
+
+def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
+    schedule, data = recipe.schedule, recipe.data
+    mixture = Mixture(read_mixture_config(data.mixture), seed=schedule.seed)
+    model, processor = make_model(recipe)
+    config, sharded_layers = model.config, sharded_layer_names(model)
+    needs_lengths = data.group_by_length or data.token_budget is not None
+    lengths = estimate_lengths(mixture, processor) if needs_lengths else None
+    batches = TrainingBatches(
+        mixture,
+        num_epochs=schedule.num_epochs,
+        batch_size=schedule.batch_size,
+        token_budget=data.token_budget,
+        lengths=lengths,
+        multiple=schedule.gradient_accumulation_steps * num_processes,
+        max_steps=schedule.max_steps,
+    )
+    trained = prepare_parts(model, recipe.learning_rates, recipe.lora)
+    return _Parts(trained, config, processor, mixture, lengths, batches, sharded_layers)
+
+
+def _last_checkpoint(recipe: Recipe) -> Path | None:
+    """Returns the newest whole checkpoint: the Trainer writes its state last, so one cut short by a crash has none."""
+    folders = recipe.output.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = {int(folder.name.rpartition("-")[2]): folder for folder in folders if folder.is_dir()}
+    for number in sorted(numbered, reverse=True):
+        try:
+            json.loads((numbered[number] / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is not whole, and is passed over", numbered[number])
+        else:
+            return numbered[number]
+    return None
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Returns what a resumed run must have in common; where and how often it writes may differ."""
+    settings = recipe.to_dict()
+    settings.pop("output")
+    settings["data"].pop("num_workers")
+    return settings
+
+
+def _check_same_recipe(recipe: Recipe, *, is_resumed: bool) -> None:
+    file = recipe.output.folder / _SETTINGS
+    if not is_resumed or not file.is_file():
+        return
+    before, now = json.loads(file.read_text(encoding="utf-8")), _settings(recipe)
+    changed = [
+        f"{group}.{name}" if isinstance(now[group], dict) else group
+        for group in now
+        for name in (now[group] if isinstance(now[group], dict) else [group])
+        if (before.get(group) or {}).get(name) != (now[group] or {}).get(name)
+    ]
+    if changed:
+        raise RecipeError(
+            f"output.folder: {recipe.output.folder} was begun with another {', '.join(changed)}: choose another folder"
+        )
+
+
+def _write_settings(recipe: Recipe) -> None:
+    recipe.output.folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_settings(recipe), indent=2)
+    (recipe.output.folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,203 @@
+"""Whole runs on a tiny model and real files: what is trained, what is written, what a resumed run comes to."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from storm_vlm.errors import DataError, RecipeError
+from storm_vlm.training import plan_training, train
+from tests.data.corpus import llava, write_json
+
+
+def weights(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def changed_parts(before, after):
+    parts = ("vision_tower", "temporal_projector", "language_model")
+    return {
+        part
+        for part in parts
+        for name in before
+        if part in name and not torch.equal(before[name], after[name])
+    }
+
+
+def log_of(recipe):
+    state = json.loads((recipe.output.folder / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"temporal_projector": 1e-2, "language_model": None},
+        {"temporal_projector": 1e-2, "language_model": 1e-3},
+        {"temporal_projector": 1e-2, "language_model": 1e-3, "vision_tower": 1e-3},
+    ],
+    ids=["align", "projector and language model", "all"],
+)
+def test_only_parts_with_a_learning_rate_change(recipe, tiny_folder, rates):
+    read = recipe(learning_rates=rates)
+    result = train(read, use_cpu=True)
+    assert result.num_steps == 4
+    after = weights(read.output.folder / "model")
+    assert changed_parts(weights(tiny_folder), after) == {part for part, rate in rates.items() if rate}
+
+
+def test_learning_reduces_the_loss(recipe):
+    read = recipe(schedule={"max_steps": 30, "num_epochs": 10, "batch_size": 4}, output={"save_steps": 100})
+    train(read, use_cpu=True)
+    losses = [entry["loss"] for entry in log_of(read)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_log_and_curve(recipe):
+    read = recipe(output={"report_to": ["tensorboard"]})
+    result = train(read, use_cpu=True)
+    assert Image.open(result.curve).size == (960, 540)
+    assert list(read.output.folder.rglob("events.out.tfevents*"))
+    for entry in log_of(read):
+        assert entry["samples_per_second"] > 0
+        assert entry["tokens_per_second"] > entry["samples_per_second"]
+        assert 0 <= entry["data_wait_share"] <= 1
+        assert entry["peak_memory_bytes"] > 2**20
+        assert entry["num_bad_samples"] == 0
+
+
+def test_video_settings_are_saved(recipe):
+    read = recipe(
+        video={
+            "num_frames": 6,
+            "temporal_pool": 3,
+            "spatial_pool": 4,
+            "temporal_sample": 2,
+            "frame_separator": "none",
+        }
+    )
+    train(read, use_cpu=True)
+    processor = AutoProcessor.from_pretrained(read.output.folder / "model")
+    config = AutoModelForImageTextToText.from_pretrained(read.output.folder / "model").config
+    assert (config.temporal_pool, config.spatial_pool, config.temporal_sample) == (3, 4, 2)
+    video = processor.video_processor
+    assert (video.num_frames, video.temporal_pool, video.spatial_pool, video.temporal_sample) == (6, 3, 4, 2)
+    assert processor.image_processor.spatial_pool == 4
+    assert processor.frame_separator == "none"
+    assert config.projector_config.is_trained
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["all weights", "lora"])
+def test_resumed_run_is_the_uninterrupted_run(recipe, lora):
+    """Stopped in the middle of an epoch, with dropout, workers and accumulation: every bit is the same."""
+    schedule = {"gradient_accumulation_steps": 2, "batch_size": 1, "max_steps": 6, "num_epochs": 2}
+    options = {"schedule": schedule, "lora": lora and {**lora, "dropout": 0.1}}
+    whole = recipe("whole", **options)
+    train(whole, use_cpu=True)
+    halfway = recipe("resumed", **options)
+    (halfway.output.folder).mkdir()
+    (whole.output.folder / "checkpoint-4").rename(halfway.output.folder / "checkpoint-4")
+    other = recipe("resumed", **options, data={"num_workers": 2})
+    train(other, use_cpu=True)
+    want, got = weights(whole.output.folder / "model"), weights(halfway.output.folder / "model")
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+    assert [entry["loss"] for entry in log_of(halfway)] == [entry["loss"] for entry in log_of(whole)]
+
+
+def test_a_cut_checkpoint_is_passed_over(recipe):
+    read = recipe()
+    train(read, use_cpu=True)
+    want = weights(read.output.folder / "model")
+    (read.output.folder / "checkpoint-4" / "trainer_state.json").unlink()
+    assert train(read, use_cpu=True).num_steps == 4
+    for name, tensor in weights(read.output.folder / "model").items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def test_another_recipe_does_not_go_on(recipe):
+    train(recipe(), use_cpu=True)
+    with pytest.raises(RecipeError, match=r"begun with another schedule\.seed"):
+        train(recipe(schedule={"seed": 5}), use_cpu=True)
+    with pytest.raises(RecipeError, match="has checkpoints"):
+        train(recipe(), resume=False, use_cpu=True)
+
+
+def test_bad_samples_stop_the_run_with_one_error(recipe, tmp_path):
+    rows = [llava(str(i), "<video>\nq", "x", video=f"{i}.mp4") for i in range(20)]
+    bad = write_json(tmp_path / "bad.json", rows)
+    with pytest.raises(
+        DataError, match=r"^\d bad samples are more than max_bad_samples=3; .*bad_samples-0\.jsonl$"
+    ):
+        train(recipe(data={"mixture": str(bad), "max_bad_samples": 3, "num_workers": 2}), use_cpu=True)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["projector", "lora"])
+def test_adapter_put_onto_the_base_is_the_merged_model(recipe, tiny_folder, lora):
+    from storm_vlm.model.adapter import adapter_options, apply_adapter
+    from storm_vlm.model.compose import ComposeOptions
+
+    rates = {"temporal_projector": 1e-2, "language_model": 1e-2 if lora else None}
+    read = recipe(
+        learning_rates=rates,
+        lora=lora,
+        video={"temporal_sample": 2},
+        output={"adapter": True, "merged": True},
+    )
+    result = train(read, use_cpu=True)
+    model_folder, adapter_folder = read.output.folder / "model", read.output.folder / "adapter"
+    assert set(result.folders) == {model_folder, adapter_folder}
+    want = weights(model_folder)
+    base = AutoModelForImageTextToText.from_pretrained(tiny_folder)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    got = apply_adapter(base, processor, adapter_folder)
+    expected = {"temporal_projector", "language_model"} if lora else {"temporal_projector"}
+    assert changed_parts(before, want) == expected
+    for name, tensor in got.state_dict().items():
+        assert torch.equal(tensor, want[name]), name
+    assert got.config.compression.temporal_sample == processor.video_processor.temporal_sample == 2
+    assert got.config.projector_config.is_trained
+    assert adapter_options(adapter_folder, ComposeOptions(seed=7)).temporal_pool == 2
+    names = {file.name for file in adapter_folder.iterdir()} - {"storm_adapter.json"}
+    assert names == (
+        {"adapter_config.json", "adapter_model.safetensors"} if lora else {"temporal_projector.safetensors"}
+    )
+    assert not list(model_folder.glob("*.bin"))
+    assert str(tiny_folder) not in "".join(file.read_text() for file in adapter_folder.glob("*.json"))
+    size = sum(file.stat().st_size for file in adapter_folder.glob("*.safetensors"))
+    assert size < sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
+
+
+def test_lora_and_checkpointing_and_bf16(recipe):
+    read = recipe(lora={"rank": 2}, schedule={"bf16": True, "gradient_checkpointing": True})
+    result = train(read, use_cpu=True)
+    assert result.final_loss < 10
+
+
+def test_token_budget(recipe):
+    read = recipe(data={"token_budget": 120}, schedule={"batch_size": None})
+    assert train(read, use_cpu=True).num_steps == 4
+
+
+def test_plan(recipe, tiny_folder):
+    plan = plan_training(recipe(learning_rates={"temporal_projector": 1e-2, "language_model": None}))
+    parts = {part.name: part for part in plan.parts}
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folder)
+    assert parts["temporal_projector"].num_trained == sum(
+        p.numel() for p in model.temporal_projector.parameters()
+    )
+    assert parts["language_model"].num_trained == parts["vision_tower"].num_trained == 0
+    assert sum(part.num_parameters for part in plan.parts) == sum(p.numel() for p in model.parameters())
+    assert (plan.num_records, plan.num_steps, plan.num_batches) == (10, 4, 4)
+    assert plan.tokens_per_step > plan.median_tokens_per_sample
+    with_lora = plan_training(recipe(lora={"rank": 2}))
+    linears = [
+        module for name, module in model.language_model.named_modules() if isinstance(module, torch.nn.Linear)
+    ]
+    want = sum(2 * (linear.in_features + linear.out_features) for linear in linears)
+    assert {part.name: part.num_trained for part in with_lora.parts} == {
+        "vision_tower": 0, "temporal_projector": parts["temporal_projector"].num_trained, "language_model": want,
+    }  # fmt: skip
