@@ -297,3 +297,21 @@ def test_outputs_as_transformers_names_them(tiny):
     assert_matches("some", some, out.logits[:, [0, 4]])
     assert len(attentions) == 2
     assert attentions[0].shape == (1, 4, length, length)
+
+
+def test_keys_and_values_go_by_both_names(tiny):
+    model, processor = tiny
+    inputs = encode(processor, [ask(make_video(4), "what?")])
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        start = dict(
+            inputs, input_ids=inputs["input_ids"][:, :-1], attention_mask=inputs["attention_mask"][:, :-1]
+        )
+        for name in ("past_key_values", "cache"):
+            kept = model(**start, use_cache=True).past_key_values
+            last = model(
+                input_ids=inputs["input_ids"][:, -1:], attention_mask=inputs["attention_mask"], **{name: kept}
+            )
+            assert_matches(name, last.logits, whole[:, -1:])
+    with pytest.raises(TypeError, match="one argument"):
+        model(**inputs, past_key_values=kept, cache=kept)

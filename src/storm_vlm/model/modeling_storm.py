@@ -12,9 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.utils.generic import can_return_tuple
 
+from storm_vlm.model.cache_name import CACHE_NAME, accepts_both_cache_names
 from storm_vlm.model.configuration_storm import StormConfig
 from storm_vlm.model.mamba_mixer import MambaMixer
 from storm_vlm.model.temporal_projector import TemporalProjector
@@ -49,24 +54,14 @@ class StormModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class StormCausalLMOutputWithPast(ModelOutput):
-    """Output of `StormForConditionalGeneration`.
+class StormCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of `StormForConditionalGeneration`: that of any language model and the visual tokens it was given.
 
     Attributes:
-        loss: Next-token loss over the labels that are not -100.
-        logits: Scores of each token of the vocabulary, ``(b, l, vocab_size)``.
-        past_key_values: Cache of keys and values.
-        hidden_states: Hidden states of the language model, if asked for.
-        attentions: Attention weights of the language model, if asked for.
-        image_hidden_states: Compressed tokens of all images, ``(num_tokens, d)``.
-        video_hidden_states: Compressed tokens of all videos, ``(num_tokens, d)``.
+        image_hidden_states: Compressed tokens of all images, ``(num_tokens, d)``; None without images.
+        video_hidden_states: Compressed tokens of all videos, ``(num_tokens, d)``; None without videos.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
 
@@ -79,7 +74,7 @@ class StormPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["TemporalLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -193,6 +188,7 @@ class StormModel(StormPreTrainedModel):
         return (compression.without_sampling() if self.training else compression)(tokens)
 
     @can_return_tuple
+    @accepts_both_cache_names
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -200,7 +196,7 @@ class StormModel(StormPreTrainedModel):
         pixel_values_videos: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_compression: torch.Tensor | None = None,
@@ -218,7 +214,7 @@ class StormModel(StormPreTrainedModel):
             pixel_values_videos: See `get_video_features`.
             attention_mask: 1 for tokens to attend to, ``(b, l)``; padding may be left or right.
             position_ids: Positions of the tokens, ``(b, l)``.
-            past_key_values: Cache of keys and values of the tokens before.
+            cache: Keys and values of the tokens before; ``past_key_values`` is the same.
             inputs_embeds: Embeddings in place of ``input_ids``, ``(b, l, d)``.
             use_cache: Return the cache.
             image_compression: See `get_image_features`.
@@ -245,25 +241,25 @@ class StormModel(StormPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is None and video_features is None and self._trains_on_pictures():
             inputs_embeds = inputs_embeds + 0 * self._blank_tokens().sum()
-        is_prompt = _is_prompt(input_ids, past_key_values)
+        is_prompt = _is_prompt(input_ids, cache)
         for modality, features in (("image", image_features), ("video", video_features)):
             if features is not None or is_prompt:
                 inputs_embeds = self._fill_placeholders(modality, input_ids, inputs_embeds, features)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return StormModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
             video_hidden_states=video_features,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _visual_tokens(
@@ -440,6 +436,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, video_compression, **kwargs)
 
     @can_return_tuple
+    @accepts_both_cache_names
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -447,7 +444,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         pixel_values_videos: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -467,7 +464,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             pixel_values_videos: See `StormModel.forward`.
             attention_mask: See `StormModel.forward`.
             position_ids: See `StormModel.forward`.
-            past_key_values: See `StormModel.forward`.
+            cache: See `StormModel.forward`.
             inputs_embeds: See `StormModel.forward`.
             labels: Token ids to predict, ``(b, l)``; -100 where no loss is taken.
             use_cache: See `StormModel.forward`.
@@ -488,7 +485,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             pixel_values_videos=pixel_values_videos,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_compression=image_compression,
@@ -508,11 +505,11 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         return StormCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(
@@ -585,11 +582,11 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         return expanded
 
 
-def _is_prompt(input_ids: torch.Tensor | None, past_key_values: Cache | None) -> bool:
+def _is_prompt(input_ids: torch.Tensor | None, cache: Cache | None) -> bool:
     """Returns whether these are the first tokens of a text; a step of generation, one token, is told without a sync."""
     if input_ids is None or input_ids.shape[1] == 1:
         return False
-    return past_key_values is None or int(past_key_values.get_seq_length()) == 0
+    return cache is None or int(cache.get_seq_length()) == 0
 
 
 def _input_embedding_name(model: StormModel) -> str:

@@ -15,6 +15,7 @@ from transformers import TextIteratorStreamer
 
 from storm_vlm.errors import BudgetError, StormError
 from storm_vlm.model import StormForConditionalGeneration, StormProcessor, TokenCompression, visual_grid
+from storm_vlm.model.cache_name import CACHE_NAME
 from storm_vlm.model.image_processing_storm import check_size
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream, GenerationWatch
 from storm_vlm.pipeline.encoding import Progress, encode_frames
@@ -351,7 +352,7 @@ class VideoQA:
         if video is not None and self.processor.video_token_id in token_ids[num_cached:]:
             inputs["video_features"] = video.tokens.flatten(0, 2)
         sequence = self.model.generate(
-            **inputs, **options, past_key_values=cache, streamer=streamer, stopping_criteria=[watch]
+            **inputs, **options, **{CACHE_NAME: cache}, streamer=streamer, stopping_criteria=[watch]
         )
         self._prefix.keep(cache, sequence[0].tolist(), video, weights)
         report.num_cached_tokens = num_cached
