@@ -42,6 +42,26 @@ def gradients(model, batch):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_skipped_scores_change_neither_loss_nor_gradients(tiny):
+    model, processor = tiny
+    batch = make_batch(processor)
+    batch["labels"][:, 2::3] = -100
+    want_loss, want = gradients(model, batch)
+    num_scored = []
+    handle = model.lm_head.register_forward_hook(
+        lambda module, args, output: num_scored.append(output.shape[:-1].numel())
+    )
+    got_loss, got = gradients(model, {**batch, "skip_logits": True})
+    handle.remove()
+    assert num_scored == [(batch["labels"][:, 1:] != -100).sum()]
+    assert_matches("loss", got_loss, want_loss)
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+    assert model(**batch, skip_logits=True).logits is None
+    assert model(input_ids=batch["input_ids"][1:2, :4], skip_logits=True).logits.shape[1] == 4
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_memory_only(tiny, use_reentrant):
     model, processor = tiny

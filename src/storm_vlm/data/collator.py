@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from storm_vlm.data.dataset import BadSample, unpack_example
-from storm_vlm.data.example import IGNORED_LABEL
 from storm_vlm.model import StormProcessor
+from storm_vlm.model.modeling_storm import IGNORED_LABEL
 
 
 @dataclass(frozen=True, slots=True)

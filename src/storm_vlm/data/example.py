@@ -14,9 +14,9 @@ from storm_vlm.data.record import Record
 from storm_vlm.errors import DataError
 from storm_vlm.model import StormProcessor, TokenCompression, visual_grid
 from storm_vlm.model.image_processing_storm import check_size
+from storm_vlm.model.modeling_storm import IGNORED_LABEL
 from storm_vlm.video import read_video
 
-IGNORED_LABEL = -100
 # A frame group's time as text in a video of an hour: the longest that is reckoned with.
 _LONG_TIME = "[3599.9s]"
 

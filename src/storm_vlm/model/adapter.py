@@ -22,6 +22,7 @@ from storm_vlm.model.modeling_storm import StormForConditionalGeneration
 from storm_vlm.model.processing_storm import StormProcessor
 
 _SETTINGS, _PROJECTOR, _LORA = "storm_adapter.json", "temporal_projector.safetensors", "adapter_config.json"
+_LORA_WEIGHTS, _PROJECTOR_PREFIX = "adapter_model.safetensors", ".temporal_projector."
 _COMPRESSION = ("temporal_pool", "spatial_pool", "temporal_sample")
 _PROJECTOR_FIELDS = (
     "hidden_size", "projector_type", "downsample", "num_mamba_layers", "bidirectional", "d_state", "d_conv",
@@ -92,6 +93,29 @@ def apply_adapter(
     apply_video_settings(model, processor, **{name: settings[name] for name in (*_COMPRESSION, "num_frames")})
     processor.frame_separator = settings["frame_separator"]
     return model.eval()
+
+
+def load_projector(model: StormForConditionalGeneration, folder: Path) -> None:
+    """Loads an adapter's temporal projector into a model, and nothing else of it.
+
+    Args:
+        model: A model with a projector of the same shape.
+        folder: Folder of the adapter.
+
+    Raises:
+        ModelError: There is no adapter, or its projector does not fit the model.
+    """
+    is_lora = (folder / _LORA).is_file()
+    try:
+        weights = load_file(folder / (_LORA_WEIGHTS if is_lora else _PROJECTOR))
+        if is_lora:
+            named = ((name.rpartition(_PROJECTOR_PREFIX), tensor) for name, tensor in weights.items())
+            weights = {name: tensor for (_, prefix, name), tensor in named if prefix}
+        model.temporal_projector.load_state_dict(weights)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the projector of {folder} does not fit the model: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def apply_video_settings(

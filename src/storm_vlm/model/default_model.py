@@ -15,13 +15,13 @@ from storm_vlm.model.processing_storm import StormProcessor
 from storm_vlm.storage import cache_directory
 
 DEFAULT_MODEL_NAME = "storm-smol"
-# 256 pixels are 16x16 patches and 8x8 tokens, which a spatial_pool of 4 and of 16 divides.
-_IMAGE_SIZE = (256, 256)
+# 192 pixels are 12x12 patches and 6x6 tokens, which a spatial_pool of 4 makes 3x3.
+_IMAGE_SIZE = (192, 192)
 # The encoder was trained on pixels (x - 127) / 128.
 _IMAGE_MEAN, _IMAGE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 # What training made of it, if this package ships it: see `adapter`.
 _ADAPTER = Path(__file__).parent / DEFAULT_MODEL_NAME
-_OPTIONS = ComposeOptions(temporal_pool=4, num_frames=32, frame_separator="timestamp")
+_OPTIONS = ComposeOptions(temporal_pool=4, spatial_pool=4, num_frames=32, frame_separator="timestamp")
 
 
 def default_model_path() -> Path:

@@ -36,6 +36,8 @@ _VISUAL_INPUTS = (
     "image_features",
     "video_features",
 )
+# Label of a token that no loss is taken of, as PyTorch's cross entropy has it.
+IGNORED_LABEL = -100
 # Visual tokens that go through a Mamba layer at once in inference: memory does not grow with the video.
 MIXER_CHUNK_TOKENS = 16384
 
@@ -449,6 +451,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         image_compression: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         video_compression: torch.Tensor | None = None,
@@ -469,6 +472,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             labels: Token ids to predict, ``(b, l)``; -100 where no loss is taken.
             use_cache: See `StormModel.forward`.
             logits_to_keep: Compute scores for this many last positions, or for these positions; 0 for all.
+            skip_logits: With ``labels``: compute scores only where there is one, and return none. Most tokens of a
+                sample are pictures and questions, and scores are the widest tensor of a training step.
             image_compression: See `StormModel.forward`.
             video_grid_thw: See `StormModel.forward`.
             video_compression: See `StormModel.forward`.
@@ -495,13 +500,16 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             video_features=video_features,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = _scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+        hidden_states = outputs.last_hidden_state
+        if skip_logits and labels is not None:
+            logits, loss = None, self._loss_at_labels(hidden_states, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits, loss = self._logits(hidden_states[:, kept]), None
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
         return StormCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -510,6 +518,23 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _scale_logits(self.lm_head(hidden_states), self.config.text_config)
+
+    def _loss_at_labels(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Computes the loss from the states ``(b, l, d)`` that come before a label, and from no others."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(hidden_states.device)
+        is_target = targets != IGNORED_LABEL
+        return self.loss_function(
+            logits=self._logits(hidden_states[is_target]),
+            labels=None,
+            shift_labels=targets[is_target],
+            vocab_size=self.config.text_config.vocab_size,
+            **kwargs,
         )
 
     def prepare_inputs_for_generation(

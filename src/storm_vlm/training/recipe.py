@@ -29,6 +29,9 @@ class ModelRecipe:
         llm: Language model to compose from; the default model's if None.
         projector: Fields of `TemporalProjectorConfig` for a composed model.
         projector_seed: Seed of a composed model's new projector.
+        projector_from: Folder of an adapter whose projector a composed model begins with; a new one if None.
+        num_llm_layers: Keep only so many first layers of the language model, a cheap stand-in while a projector
+            learns to speak to them; all if None. Such a model leaves an adapter, and no ``model`` folder.
         image_size: Side of the frames in pixels for a composed model; the encoder's own if None.
         attn_implementation: Attention of the backbones; transformers' choice if None.
     """
@@ -38,6 +41,8 @@ class ModelRecipe:
     llm: str | None = None
     projector: dict[str, Any] = field(default_factory=dict)
     projector_seed: int = 0
+    projector_from: Path | None = None
+    num_llm_layers: int | None = None
     image_size: int | None = None
     attn_implementation: str | None = None
 
@@ -45,8 +50,12 @@ class ModelRecipe:
         _require(
             (self.vision is None) == (self.llm is None), "model.llm", "vision and llm together", self.llm
         )
-        both = self.path is not None and (self.vision is not None or bool(self.projector))
-        _require(not both, "model.path", "no vision, llm or projector beside it", self.path)
+        composed = self.vision is not None or bool(self.projector) or self.projector_from is not None
+        _require(
+            self.path is None or not composed, "model.path", "no vision, llm or projector beside it", self.path
+        )
+        layers = self.num_llm_layers
+        _require(layers is None or layers > 0, "model.num_llm_layers", "a number above 0", layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +245,8 @@ class Recipe:
         )
         has_size = self.schedule.batch_size is not None or self.data.token_budget is not None
         _require(has_size, "schedule.batch_size", "a number, or data.token_budget", None)
+        is_whole = self.model.num_llm_layers is None or not self.output.merged
+        _require(is_whole, "output.merged", "false with model.num_llm_layers", True)
         only_small = self.learning_rates.vision_tower is None and (self.lora is not None or rate is None)
         _require(
             not self.output.adapter or only_small,

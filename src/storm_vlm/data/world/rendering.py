@@ -48,7 +48,7 @@ def _render_frame(script: Script, seconds: float) -> np.ndarray:
     middle_row = 0.0
     for index, appearance in enumerate(script.appearances):
         if appearance.start_seconds <= seconds < appearance.end_seconds:
-            x, y = _position(appearance, seconds)
+            x, y = position(appearance, seconds)
             middle_row = y
             _paste(frame, _sprite(script, index, seconds), x, y)
     for text in script.texts:
@@ -59,7 +59,7 @@ def _render_frame(script: Script, seconds: float) -> np.ndarray:
     return frame
 
 
-def _position(appearance: Appearance, seconds: float) -> tuple[float, float]:
+def position(appearance: Appearance, seconds: float) -> tuple[float, float]:
     """Returns where the middle of a thing is, in fractions of width and height."""
     times = [point.seconds for point in appearance.path]
     return (
