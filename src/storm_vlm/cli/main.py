@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.logging import RichHandler
 
-from storm_vlm.cli import ask, chat, compose, convert, info, setup_demo, train, world
+from storm_vlm.cli import ask, chat, compose, convert, evaluate, info, setup_demo, train, world
 from storm_vlm.cli.terminal import errors_console
 from storm_vlm.errors import StormError
 
@@ -23,6 +23,7 @@ app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("compose")(compose.compose)
 app.command("convert")(convert.convert)
+app.command("eval")(evaluate.evaluate)
 app.command("info")(info.info)
 app.command("setup-demo")(setup_demo.setup_demo)
 app.command("train")(train.train)

@@ -12,13 +12,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from storm_vlm.data.example import encode_record, estimate_length
+from storm_vlm.data.feature_cache import FeatureCache
 from storm_vlm.data.mixture import Mixture
+from storm_vlm.errors import DataError
 from storm_vlm.model import StormProcessor
 
 logger = logging.getLogger(__name__)
 
 # What a record with a missing or damaged file, a wrong field or a wrong text raises; StormError is a ValueError.
-_RECORD_ERRORS = (
+RECORD_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -55,6 +57,10 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         max_length: See `encode_record`.
         max_bad_samples: Bad records that one example may meet before it is given up.
         lengths: Tokens of each record, about; None if they are not needed.
+        temporal_sample: See `encode_record`.
+
+    Attributes:
+        features: Encoded examples to take in place of reading files; None to read them.
     """
 
     def __init__(
@@ -65,11 +71,14 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         max_length: int | None = None,
         max_bad_samples: int = 0,
         lengths: np.ndarray | None = None,
+        temporal_sample: int = 1,
     ) -> None:
         self.mixture = mixture
         self.processor = processor
         self.max_length = max_length
         self.max_bad_samples = max_bad_samples
+        self.temporal_sample = temporal_sample
+        self.features: FeatureCache | None = None
         self._by_length = None if lengths is None else np.argsort(lengths, kind="stable")
         self._rank = None if self._by_length is None else np.argsort(self._by_length, kind="stable")
 
@@ -88,14 +97,27 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         bad: list[BadSample] = []
         for candidate in self._candidates(index):
             try:
-                example = encode_record(self.mixture[candidate], self.processor, max_length=self.max_length)
-            except _RECORD_ERRORS as error:
+                example = self.encode(candidate)
+            except RECORD_ERRORS as error:
                 bad.append(BadSample(self.mixture.label(candidate), " ".join(str(error).split())))
                 if len(bad) > self.max_bad_samples:
                     break
             else:
                 return {**example, "bad_samples": tuple(bad)}
         return {"bad_samples": tuple(bad)}
+
+    def encode(self, index: int) -> dict[str, torch.Tensor]:
+        """Returns one example, from the features where there are some; a record that cannot be used raises."""
+        record = self.mixture[index]
+        if self.features is not None and (known := self.features.load(record)) is not None:
+            return known
+        example = encode_record(
+            record, self.processor, max_length=self.max_length, temporal_sample=self.temporal_sample
+        )
+        if self.features is not None:
+            # A batch holds pixels or features, not both.
+            raise DataError(f"its features are not in {self.features.folder}: its files have changed since")
+        return example
 
     def _candidates(self, index: int) -> Iterator[int]:
         yield index
@@ -118,7 +140,7 @@ def estimate_lengths(mixture: Mixture, processor: StormProcessor) -> np.ndarray:
     for index in range(len(mixture)):
         try:
             lengths[index] = estimate_length(mixture[index], processor)
-        except _RECORD_ERRORS as error:
+        except RECORD_ERRORS as error:
             logger.debug("%s: %s", mixture.label(index), error)
     known = lengths[lengths > 0]
     return np.where(lengths > 0, lengths, int(np.median(known)) if len(known) else 1)

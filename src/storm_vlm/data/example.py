@@ -22,15 +22,19 @@ _LONG_TIME = "[3599.9s]"
 
 
 def encode_record(
-    record: Record, processor: StormProcessor, *, max_length: int | None = None
+    record: Record,
+    processor: StormProcessor,
+    *,
+    max_length: int | None = None,
+    temporal_sample: int = 1,
 ) -> dict[str, torch.Tensor]:
     """Reads the files of a record and turns it into model inputs with labels.
 
     Args:
         record: The conversation.
-        processor: Its settings say how many frames are read and how they are compressed; temporal sampling, which is
-            for evaluation, is left out.
+        processor: Its settings say how many frames are read and how they are pooled.
         max_length: Most tokens that a record may have; None for no limit.
+        temporal_sample: Temporal sampling, for examples to evaluate on; in training a model never samples.
 
     Returns:
         ``input_ids`` and ``labels`` ``(l,)``; of pictures ``pixel_values`` and ``image_compression``, of videos
@@ -48,7 +52,7 @@ def encode_record(
         text=[text],
         images=images or None,
         videos=[videos] if videos else None,
-        videos_kwargs={"temporal_sample": 1},
+        videos_kwargs={"temporal_sample": temporal_sample},
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
         add_special_tokens=False,

@@ -33,6 +33,8 @@ _VISUAL_INPUTS = (
     "pixel_values_videos",
     "video_grid_thw",
     "video_compression",
+    "image_patch_features",
+    "video_patch_features",
     "image_features",
     "video_features",
 )
@@ -130,8 +132,10 @@ class StormModel(StormPreTrainedModel):
 
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         image_compression: torch.Tensor | None = None,
+        *,
+        image_patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes images: each is a video of one frame.
@@ -139,19 +143,27 @@ class StormModel(StormPreTrainedModel):
         Args:
             pixel_values: Normalised pixels, ``(num_images, 3, height, width)``.
             image_compression: Compression of each image, ``(num_images, 3)``; the config's if None.
+            image_patch_features: What `encode_patches` made of the pixels, in their place, ``(num_images, h, w, c)``.
             **kwargs: Ignored.
 
         Returns:
             Output whose ``pooler_output`` holds the visual tokens of each image, ``(num_tokens, d)``.
+
+        Raises:
+            ValueError: Not exactly one of pixels and patch features is given.
         """
-        num_frames = [1] * pixel_values.shape[0]
-        return self._get_features(pixel_values, num_frames, image_compression)
+        features = self._patch_features(
+            "pixel_values", pixel_values, "image_patch_features", image_patch_features
+        )
+        return self._project(features, [1] * features.shape[0], image_compression)
 
     def get_video_features(
         self,
-        pixel_values_videos: torch.Tensor,
+        pixel_values_videos: torch.Tensor | None,
         video_grid_thw: torch.Tensor,
         video_compression: torch.Tensor | None = None,
+        *,
+        video_patch_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes videos and compresses their tokens.
@@ -161,21 +173,43 @@ class StormModel(StormPreTrainedModel):
             video_grid_thw: Frames, rows and columns of patches of each video, ``(num_videos, 3)``.
             video_compression: ``temporal_pool, spatial_pool, temporal_sample`` of each video, ``(num_videos, 3)``;
                 the config's if None.
+            video_patch_features: What `encode_patches` made of the pixels, in their place, ``(f, h, w, c)``.
             **kwargs: Ignored.
 
         Returns:
             Output whose ``pooler_output`` holds the visual tokens of each video, ``(num_tokens, d)``.
 
         Raises:
-            ValueError: The grids announce another number of frames than there is.
+            ValueError: The grids announce another number of frames than there is, or not exactly one of pixels and
+                patch features is given.
         """
         num_frames = video_grid_thw[:, 0].tolist()
-        if sum(num_frames) != pixel_values_videos.shape[0]:
+        given = pixel_values_videos if video_patch_features is None else video_patch_features
+        if given is not None and sum(num_frames) != given.shape[0]:
+            name = "pixel_values_videos" if video_patch_features is None else "video_patch_features"
             raise ValueError(
-                f"video_grid_thw announces {sum(num_frames)} frames, pixel_values_videos holds "
-                f"{pixel_values_videos.shape[0]}"
+                f"video_grid_thw announces {sum(num_frames)} frames, {name} holds {given.shape[0]}"
             )
-        return self._get_features(pixel_values_videos, num_frames, video_compression)
+        features = self._patch_features(
+            "pixel_values_videos", pixel_values_videos, "video_patch_features", video_patch_features
+        )
+        return self._project(features, num_frames, video_compression)
+
+    def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Runs the vision encoder alone: what training caches where the encoder is frozen.
+
+        Args:
+            pixel_values: Normalised pixels of images or frames, ``(f, 3, height, width)``.
+
+        Returns:
+            Patch features, ``(f, h, w, c)``.
+        """
+        return extract_features(
+            self.vision_tower,
+            pixel_values,
+            patch_size=self.config.vision_patch_size,
+            feature_layer=self.config.vision_feature_layer,
+        )
 
     def compress(self, tokens: torch.Tensor, compression: TokenCompression) -> torch.Tensor:
         """Compresses the tokens of one video; temporal sampling is left out in training.
@@ -204,6 +238,8 @@ class StormModel(StormPreTrainedModel):
         image_compression: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         video_compression: torch.Tensor | None = None,
+        image_patch_features: torch.Tensor | None = None,
+        video_patch_features: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
         **kwargs: Any,
@@ -222,6 +258,8 @@ class StormModel(StormPreTrainedModel):
             image_compression: See `get_image_features`.
             video_grid_thw: See `get_video_features`.
             video_compression: See `get_video_features`.
+            image_patch_features: See `get_image_features`.
+            video_patch_features: See `get_video_features`.
             image_features: Visual tokens in place of ``pixel_values``, ``(num_tokens, d)``.
             video_features: Visual tokens in place of ``pixel_values_videos``, ``(num_tokens, d)``.
             **kwargs: Passed on to the language model.
@@ -236,8 +274,8 @@ class StormModel(StormPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         image_features, video_features = self._visual_tokens(
-            pixel_values, image_compression, image_features,
-            pixel_values_videos, video_grid_thw, video_compression, video_features,
+            pixel_values, image_compression, image_patch_features, image_features,
+            pixel_values_videos, video_grid_thw, video_compression, video_patch_features, video_features,
         )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -268,25 +306,35 @@ class StormModel(StormPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None,
         image_compression: torch.Tensor | None,
+        image_patch_features: torch.Tensor | None,
         image_features: torch.Tensor | None,
         pixel_values_videos: torch.Tensor | None,
         video_grid_thw: torch.Tensor | None,
         video_compression: torch.Tensor | None,
+        video_patch_features: torch.Tensor | None,
         video_features: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns the visual tokens of images and videos, encoding what was not given as features."""
-        if pixel_values is not None:
+        if pixel_values is not None or image_patch_features is not None:
             if image_features is not None:
-                raise ValueError("pixel_values and image_features must not both be given")
-            image_features = torch.cat(self.get_image_features(pixel_values, image_compression).pooler_output)
-        if pixel_values_videos is not None:
+                raise ValueError("image_features and pixel_values or patch features must not both be given")
+            output = self.get_image_features(
+                pixel_values, image_compression, image_patch_features=image_patch_features
+            )
+            image_features = torch.cat(output.pooler_output)
+        if pixel_values_videos is not None or video_patch_features is not None:
             if video_features is not None:
-                raise ValueError("pixel_values_videos and video_features must not both be given")
-            if video_grid_thw is None:
                 raise ValueError(
-                    "pixel_values_videos needs video_grid_thw, the frames and patches of each video"
+                    "video_features and pixel_values_videos or patch features must not both be given"
                 )
-            output = self.get_video_features(pixel_values_videos, video_grid_thw, video_compression)
+            if video_grid_thw is None:
+                raise ValueError("a video needs video_grid_thw, the frames and patches of each video")
+            output = self.get_video_features(
+                pixel_values_videos,
+                video_grid_thw,
+                video_compression,
+                video_patch_features=video_patch_features,
+            )
             video_features = torch.cat(output.pooler_output)
         return image_features, video_features
 
@@ -304,17 +352,20 @@ class StormModel(StormPreTrainedModel):
         """
         native = getattr(self.config.vision_config, "image_size", None) or 8 * self.config.vision_patch_size
         size = (native, native) if isinstance(native, int) else tuple(native)
-        return self._get_features(torch.zeros(1, 3, *size), [1], None).pooler_output[0]
+        return self.get_image_features(torch.zeros(1, 3, *size)).pooler_output[0]
 
-    def _get_features(
-        self, pixel_values: torch.Tensor, num_frames: list[int], compressions: torch.Tensor | None
+    def _patch_features(
+        self, pixels_name: str, pixels: torch.Tensor | None, features_name: str, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        if pixels is not None and features is None:
+            return self.encode_patches(pixels)
+        if features is not None and pixels is None:
+            return features
+        raise ValueError(f"exactly one of {pixels_name} and {features_name} must be given")
+
+    def _project(
+        self, features: torch.Tensor, num_frames: list[int], compressions: torch.Tensor | None
     ) -> BaseModelOutputWithPooling:
-        features = extract_features(
-            self.vision_tower,
-            pixel_values,
-            patch_size=self.config.vision_patch_size,
-            feature_layer=self.config.vision_feature_layer,
-        )
         device = self.temporal_projector_device
         # Weights that are offloaded have no device of their own: their hooks bring them to the features.
         videos = features.to(features.device if device.type == "meta" else device).split(num_frames)
@@ -422,14 +473,17 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings  # type: ignore[assignment]  # whatever the language model uses
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_compression: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_compression: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See `StormModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_compression, **kwargs)
 
     def get_video_features(
         self,
-        pixel_values_videos: torch.Tensor,
+        pixel_values_videos: torch.Tensor | None,
         video_grid_thw: torch.Tensor,
         video_compression: torch.Tensor | None = None,
         **kwargs: Any,
@@ -455,6 +509,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         image_compression: torch.Tensor | None = None,
         video_grid_thw: torch.Tensor | None = None,
         video_compression: torch.Tensor | None = None,
+        image_patch_features: torch.Tensor | None = None,
+        video_patch_features: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
         **kwargs: Any,
@@ -477,6 +533,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             image_compression: See `StormModel.forward`.
             video_grid_thw: See `StormModel.forward`.
             video_compression: See `StormModel.forward`.
+            image_patch_features: See `StormModel.forward`.
+            video_patch_features: See `StormModel.forward`.
             image_features: See `StormModel.forward`.
             video_features: See `StormModel.forward`.
             **kwargs: Passed on to the language model and the loss.
@@ -496,6 +554,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
             image_compression=image_compression,
             video_grid_thw=video_grid_thw,
             video_compression=video_compression,
+            image_patch_features=image_patch_features,
+            video_patch_features=video_patch_features,
             image_features=image_features,
             video_features=video_features,
             **kwargs,
@@ -588,8 +648,8 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None,
         visual: dict[str, Any],
     ) -> dict[str, torch.Tensor]:
-        names = ("pixel_values", "image_compression", "image_features",
-                 "pixel_values_videos", "video_grid_thw", "video_compression", "video_features")  # fmt: skip
+        names = ("pixel_values", "image_compression", "image_patch_features", "image_features",
+                 "pixel_values_videos", "video_grid_thw", "video_compression", "video_patch_features", "video_features")  # fmt: skip
         tokens = self.model._visual_tokens(*(visual.get(name) for name in names))
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -17,6 +17,11 @@ def part_of(parameter_name: str) -> str:
     return next((part for part in PART_NAMES if part in names), "language_model")
 
 
+def base_model(model: nn.Module) -> StormForConditionalGeneration:
+    """Returns the STORM model, which may be within peft's."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
 def prepare_parts(
     model: StormForConditionalGeneration, rates: LearningRates, lora: LoraRecipe | None
 ) -> StormForConditionalGeneration | PeftModel:

@@ -52,7 +52,10 @@ class ModelRecipe:
         )
         composed = self.vision is not None or bool(self.projector) or self.projector_from is not None
         _require(
-            self.path is None or not composed, "model.path", "no vision, llm or projector beside it", self.path
+            self.path is None or not composed,
+            "model.path",
+            "no vision, llm or projector beside it",
+            self.path,
         )
         layers = self.num_llm_layers
         _require(layers is None or layers > 0, "model.num_llm_layers", "a number above 0", layers)
@@ -69,6 +72,8 @@ class DataRecipe:
         num_workers: Processes that decode videos; 0 decodes in the training process.
         group_by_length: Put records of similar length into a batch.
         token_budget: Most tokens of a batch, counted with padding, in place of a number of records.
+        feature_cache: Folder for the features of a frozen vision encoder, which then sees each picture once, before
+            training; relative to where the command runs. None for no cache.
     """
 
     mixture: Path
@@ -77,6 +82,7 @@ class DataRecipe:
     num_workers: int = 2
     group_by_length: bool = True
     token_budget: int | None = None
+    feature_cache: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_length", "token_budget"):
@@ -245,6 +251,11 @@ class Recipe:
         )
         has_size = self.schedule.batch_size is not None or self.data.token_budget is not None
         _require(has_size, "schedule.batch_size", "a number, or data.token_budget", None)
+        is_frozen = self.learning_rates.vision_tower is None
+        cache = self.data.feature_cache
+        _require(
+            is_frozen or cache is None, "data.feature_cache", "a frozen vision_tower, or no cache", str(cache)
+        )
         is_whole = self.model.num_llm_layers is None or not self.output.merged
         _require(is_whole, "output.merged", "false with model.num_llm_layers", True)
         only_small = self.learning_rates.vision_tower is None and (self.lora is not None or rate is None)

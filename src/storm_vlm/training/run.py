@@ -25,6 +25,7 @@ from storm_vlm.errors import RecipeError
 from storm_vlm.model import StormConfig, StormProcessor
 from storm_vlm.training.curve import plot_curve
 from storm_vlm.training.export import export_trained
+from storm_vlm.training.features import cache_features
 from storm_vlm.training.model import make_model
 from storm_vlm.training.parts import prepare_parts, sharded_layer_names
 from storm_vlm.training.plan import TrainingPlan, make_plan
@@ -100,19 +101,29 @@ def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> Trai
     bad_samples = BadSampleLog(
         recipe.output.folder / f"bad_samples-{arguments.process_index}.jsonl", recipe.data.max_bad_samples
     )
+    dataset = TrainingDataset(
+        parts.mixture,
+        parts.processor,
+        max_length=recipe.data.max_length,
+        max_bad_samples=recipe.data.max_bad_samples,
+        lengths=parts.lengths,
+    )
+    if recipe.data.feature_cache is not None:
+        dataset.features = cache_features(
+            dataset,
+            parts.model,
+            recipe.data.feature_cache,
+            device=arguments.device,
+            bf16=recipe.schedule.bf16,
+            num_workers=recipe.data.num_workers,
+        )
     trainer = StormTrainer(
         batches=parts.batches,
         bad_samples=bad_samples,
         learning_rates=recipe.learning_rates,
         model=parts.model,
         args=arguments,
-        train_dataset=TrainingDataset(
-            parts.mixture,
-            parts.processor,
-            max_length=recipe.data.max_length,
-            max_bad_samples=recipe.data.max_bad_samples,
-            lengths=parts.lengths,
-        ),
+        train_dataset=dataset,
         data_collator=StormCollator(parts.processor),
         processing_class=parts.processor,
     )
@@ -175,7 +186,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     """Returns what a resumed run must have in common; where and how often it writes may differ."""
     settings = recipe.to_dict()
     settings.pop("output")
-    settings["data"].pop("num_workers")
+    for name in ("num_workers", "feature_cache"):
+        settings["data"].pop(name)
     return settings
 
 

@@ -1,0 +1,18 @@
+"""Measures how well a model answers: questions of a benchmark, answers on disk, scores with intervals."""
+
+from storm_vlm.evaluation.letters import parse_letter
+from storm_vlm.evaluation.question import MultipleChoiceQuestion
+from storm_vlm.evaluation.report import Accuracy, EvaluationReport, summarise
+from storm_vlm.evaluation.run import EvaluationSettings, evaluate
+from storm_vlm.evaluation.world import read_world_questions
+
+__all__ = [
+    "Accuracy",
+    "EvaluationReport",
+    "EvaluationSettings",
+    "MultipleChoiceQuestion",
+    "evaluate",
+    "parse_letter",
+    "read_world_questions",
+    "summarise",
+]

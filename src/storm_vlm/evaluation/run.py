@@ -1,0 +1,147 @@
+"""Asks a model the questions of a benchmark; every answer is on disk before the next is asked for."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.errors import DataError, StormError
+from storm_vlm.evaluation.letters import parse_letter
+from storm_vlm.evaluation.question import MultipleChoiceQuestion
+from storm_vlm.evaluation.report import EvaluationReport, summarise
+from storm_vlm.pipeline import VideoQA, VideoTokens
+from storm_vlm.storage import atomic_file
+
+ANSWERS_FILE, SETTINGS_FILE, REPORT_FILE, MARKDOWN_FILE = (
+    "answers.jsonl",
+    "settings.json",
+    "report.json",
+    "report.md",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """What an evaluation's answers depend on beside the model and the questions.
+
+    Attributes:
+        num_frames: Frames of each video; the model's default if None.
+        temporal_pool: See `TokenCompression`; the model's default if None, as for the next two.
+        spatial_pool: See `TokenCompression`.
+        temporal_sample: See `TokenCompression`.
+        text_only: Show no video: what a model reaches that cannot see.
+        max_new_tokens: Longest answer.
+    """
+
+    num_frames: int | None = None
+    temporal_pool: int | None = None
+    spatial_pool: int | None = None
+    temporal_sample: int | None = None
+    text_only: bool = False
+    max_new_tokens: int = 16
+
+    def encode_options(self) -> dict[str, int | None]:
+        """Returns the options of `VideoQA.encode`."""
+        names = ("num_frames", "temporal_pool", "spatial_pool", "temporal_sample")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate(
+    video_qa: VideoQA,
+    questions: Sequence[MultipleChoiceQuestion],
+    out: Path,
+    *,
+    model_name: str,
+    settings: EvaluationSettings | None = None,
+    report_progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> EvaluationReport:
+    """Asks the questions that are not answered yet, and scores all answers.
+
+    Args:
+        video_qa: The model.
+        questions: The questions; those about one video should follow each other, which is then encoded once.
+        out: Folder for ``answers.jsonl`` (one line an answer), ``settings.json``, ``report.json`` and ``report.md``.
+        model_name: Name of the model, for the report.
+        settings: How the videos are seen; the model's defaults if None.
+        report_progress: Is told what is going on, how many questions are answered, and of how many.
+
+    Returns:
+        The scores. A video that is missing or cannot be read makes its questions wrong, and is named.
+
+    Raises:
+        DataError: The folder holds the answers of other settings or questions.
+    """
+    settings = settings or EvaluationSettings()
+    known = _claim(out, {"model": model_name, **asdict(settings), **video_qa.describe()}, questions)
+    with (out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
+        for answer in _answers(video_qa, [q for q in questions if q.identity not in known], settings):
+            file.write(json.dumps(answer) + "\n")
+            file.flush()
+            known[answer["id"]] = answer
+            report_progress("questions", len(known), len(questions))
+    report = summarise([known[question.identity] for question in questions], model_name)
+    _write(out / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+    _write(out / MARKDOWN_FILE, report.to_markdown())
+    return report
+
+
+def _answers(
+    video_qa: VideoQA, questions: Sequence[MultipleChoiceQuestion], settings: EvaluationSettings
+) -> Iterator[dict[str, Any]]:
+    for video, about in groupby(questions, key=lambda question: question.video):
+        tokens, error = None, None
+        if not settings.text_only:
+            tokens, error = _encode(video_qa, video, settings)
+        for question in about:
+            response = ""
+            if error is None:
+                stream = video_qa.ask(tokens, question.prompt, max_new_tokens=settings.max_new_tokens)
+                response = stream.text()
+            chosen = parse_letter(response, question.options)
+            yield {
+                "id": question.identity,
+                "video": question.video.name,
+                "split": question.split,
+                "task": question.task,
+                "answer": question.answer,
+                "response": response,
+                "chosen": chosen,
+                "is_right": chosen == question.answer,
+                "error": error,
+            }
+
+
+def _encode(
+    video_qa: VideoQA, video: Path, settings: EvaluationSettings
+) -> tuple[VideoTokens | None, str | None]:
+    try:
+        return video_qa.encode(video, **settings.encode_options()), None  # type: ignore[arg-type]  # all are numbers
+    except StormError as error:
+        return None, str(error)
+
+
+def _claim(
+    out: Path, settings: dict[str, Any], questions: Sequence[MultipleChoiceQuestion]
+) -> dict[str, dict[str, Any]]:
+    """Returns the answers that the folder holds already; a line that a kill cut short is dropped."""
+    file, settings_file = out / ANSWERS_FILE, out / SETTINGS_FILE
+    if not settings_file.is_file():
+        _write(settings_file, json.dumps(settings, indent=1) + "\n")
+    elif (found := json.loads(settings_file.read_text(encoding="utf-8"))) != settings:
+        changed = sorted(name for name in settings if found.get(name) != settings[name])
+        raise DataError(f"{out} holds answers with another {', '.join(changed)}: choose another folder")
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        _write(file, "".join(lines))
+    known = {answer["id"]: answer for answer in map(json.loads, lines)}
+    if foreign := known.keys() - {question.identity for question in questions}:
+        raise DataError(f"{out} holds an answer to {min(foreign)}, which is not asked: choose another folder")
+    return known
+
+
+def _write(file: Path, text: str) -> None:
+    with atomic_file(file) as path:
+        path.write_text(text, encoding="utf-8")
