@@ -19,7 +19,7 @@ from storm_vlm.storage import atomic_file
 
 _FEATURES = "features"
 _MEDIA: tuple[ItemType, ...] = ("image", "video")
-PIXEL_NAMES = {"image": "pixel_values", "video": "pixel_values_videos"}
+PIXEL_NAMES: dict[ItemType, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,12 @@ class FeatureCache:
 
     def holds(self, record: Record) -> bool:
         """Returns whether an example was saved and no file of it has changed since; a missing file is an OSError."""
-        files = [self._media_file(path) for kind in _MEDIA for path in record.paths(kind)]
-        return all(file.is_file() for file in [self._example_file(record), *files])
+        has_features = all(self.holds_features(record, kind) for kind in _MEDIA)
+        return has_features and self._example_file(record).is_file()
+
+    def holds_features(self, record: Record, kind: ItemType) -> bool:
+        """Returns whether the features of all pictures, or all videos, of a record were saved, for it or another."""
+        return all(self._media_file(path).is_file() for path in record.paths(kind))
 
     def save(
         self, record: Record, example: Mapping[str, torch.Tensor], features: Mapping[ItemType, torch.Tensor]

@@ -54,12 +54,13 @@ def cache_features(
     )
     for index, example in progress:
         if example is not None:
+            record = dataset.mixture[index]
             features = {
                 kind: _encode(storm, example[name], device, bf16)
                 for kind, name in PIXEL_NAMES.items()
-                if name in example
+                if name in example and not cache.holds_features(record, kind)
             }
-            cache.save(dataset.mixture[index], example, features)  # type: ignore[arg-type]  # image and video
+            cache.save(record, example, features)
     state.wait_for_everyone()
     return cache
 
