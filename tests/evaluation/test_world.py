@@ -1,0 +1,72 @@
+"""The synthetic world as a benchmark, and the command."""
+
+import json
+
+import pytest
+
+from storm_vlm.errors import DataError
+from storm_vlm.evaluation import read_world_questions
+from tests.cli.test_cli import storm_here  # noqa: F401 (fixture)
+from tests.pipeline.conftest import clip, model_folder  # noqa: F401 (fixtures)
+
+
+@pytest.fixture
+def world(tmp_path, clip):  # noqa: F811
+    """A folder as `storm world generate` leaves it, with two videos of one split."""
+    folder = tmp_path / "world" / "test_long"
+    (folder / "videos").mkdir(parents=True)
+    records = []
+    for name in ("000000", "000001"):
+        (folder / "videos" / f"{name}.mp4").write_bytes(clip.read_bytes())
+        for number, form in enumerate(("multiple_choice", "open", "multiple_choice")):
+            question = f"<video>\nWhat {number}?\nA. a\nB. b"
+            records.append({
+                "id": f"{name}-{number}", "video": f"videos/{name}.mp4", "task": "needle", "form": form,
+                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "B"}],
+                "options": ["a", "b"] if form == "multiple_choice" else [], "answer": "B",
+            })  # fmt: skip
+    (folder / "annotations.json").write_text(json.dumps(records))
+    return folder.parent
+
+
+def test_questions_are_those_with_options(world):
+    questions = read_world_questions(world, ["test_long"])
+    assert [q.identity for q in questions] == ["000000-0", "000000-2", "000001-0", "000001-2"]
+    assert questions[0].prompt == "What 0?\nA. a\nB. b"
+    assert (questions[0].options, questions[0].answer, questions[0].split) == (("a", "b"), "B", "test_long")
+    assert all(q.video.is_file() for q in questions)
+    assert len(read_world_questions(world, ["test_long"], max_videos=1)) == 2
+
+
+def test_a_split_that_is_not_there_is_an_error(world):
+    with pytest.raises(DataError, match="no questions of split test_in_vocabulary"):
+        read_world_questions(world)
+    with pytest.raises(DataError, match="split 'dev' is unknown"):
+        read_world_questions(world, ["dev"])
+
+
+def test_the_command_writes_a_table_and_goes_on(world, model_folder, storm_here, tmp_path):  # noqa: F811
+    arguments = [
+        "eval",
+        "--data",
+        world,
+        "--out",
+        tmp_path / "out",
+        "--splits",
+        "test_long",
+        "--model",
+        model_folder,
+    ]
+    done = storm_here(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "test_long" in done.stdout
+    assert "| needle |" in done.stdout
+    answers = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    assert storm_here(*arguments).stdout == done.stdout
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == answers
+    wrong = storm_here(*arguments, "--frames", 4)
+    assert wrong.returncode == 2
+    assert "another num_frames" in wrong.stderr
+    wrong = storm_here("eval", "--data", world, "--out", tmp_path / "x", "--task", "chess")
+    assert wrong.returncode == 2
+    assert "'chess' is unknown" in wrong.stderr
