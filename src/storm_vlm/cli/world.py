@@ -32,6 +32,9 @@ def generate(
     test: Annotated[int, typer.Option("--test", min=0, help="Videos of each test split.")] = 100,
     questions: Annotated[int, typer.Option("--questions", help="Multiple-choice questions per video.")] = 4,
     open_questions: Annotated[int, typer.Option("--open", help="Open questions per video.")] = 1,
+    names: Annotated[
+        int | None, typer.Option("--names", help="Show only so many different things [all].")
+    ] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes [all cores].")] = None,
     seed: SeedOption = 0,
     size: SizeOption = 256,
@@ -47,7 +50,13 @@ def generate(
 
     config = _config(seed, size, fps, (min_seconds, max_seconds), styles, unseen_style)
     counts = {split: train if split == "train" else test for split in _SPLITS.split(",")}
-    config = replace(config, num_videos=counts, questions_per_video=questions, open_per_video=open_questions)
+    config = replace(
+        config,
+        num_videos=counts,
+        questions_per_video=questions,
+        open_per_video=open_questions,
+        num_names=names,
+    )
     with progress_bars() as report:
         generate_dataset(config, out, workers=workers, report=report)
     output_console.print(f"{sum(counts.values())} videos in {out}", highlight=False)

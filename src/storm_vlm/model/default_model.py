@@ -80,6 +80,23 @@ def compose_default_parts(
     return _compose_parts(_found_parts(), options)
 
 
+def load_default_vision_tower(image_size: tuple[int, int] = _IMAGE_SIZE) -> VisionTower:
+    """Loads the default model's vision encoder, to compose it with other language models.
+
+    Args:
+        image_size: Height and width of its frames in pixels.
+
+    Returns:
+        The encoder; a missing part is a ModelError that says how to get it.
+    """
+    return _vision_tower(_found_parts(), image_size)
+
+
+def _vision_tower(parts: dict[DemoPart, Path], image_size: tuple[int, int]) -> VisionTower:
+    encoder = load_efficientnet_lite0(parts[VISION_ENCODER]).eval()
+    return VisionTower(encoder, image_size, _IMAGE_MEAN, _IMAGE_STD)
+
+
 def _found_parts() -> dict[DemoPart, Path]:
     found = {part: find_part(part) for part in (LANGUAGE_MODEL, VISION_ENCODER)}
     missing = [part.name for part, path in found.items() if path is None]
@@ -93,10 +110,8 @@ def _found_parts() -> dict[DemoPart, Path]:
 def _compose_parts(
     parts: dict[DemoPart, Path], options: ComposeOptions
 ) -> tuple[StormForConditionalGeneration, StormProcessor]:
-    encoder = load_efficientnet_lite0(parts[VISION_ENCODER]).eval()
     language_model, tokenizer = load_gguf_language_model(parts[LANGUAGE_MODEL])
-    tower = VisionTower(encoder, _IMAGE_SIZE, _IMAGE_MEAN, _IMAGE_STD)
-    return compose_model(tower, language_model, tokenizer, options)
+    return compose_model(_vision_tower(parts, _IMAGE_SIZE), language_model, tokenizer, options)
 
 
 def _compose(folder: Path, parts: dict[DemoPart, Path]) -> Path:

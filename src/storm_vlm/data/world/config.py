@@ -13,6 +13,8 @@ _LONGEST_SECONDS = 3600
 _SHORTEST_SECONDS = 5
 # Ten events at most, within quarters of the video, each of two frames or more.
 _FEWEST_FRAMES = 32
+# Eight in a video, and distractors of their kind that it does not show.
+_FEWEST_NAMES = 16
 # One of each task.
 _MOST_QUESTIONS = 8
 
@@ -31,6 +33,7 @@ class WorldConfig:
         max_seconds: Longest video, in seconds; four times as long in ``test_long``.
         questions_per_video: Multiple-choice questions of each video.
         open_per_video: Open questions of each video, beside the others.
+        num_names: Show only so many of the things, drawn by the seed; all if None.
         styles: Sprite styles of every split but ``test_unseen_style``.
         unseen_style: Sprite style of ``test_unseen_style``.
 
@@ -47,6 +50,7 @@ class WorldConfig:
     max_seconds: int = 10
     questions_per_video: int = 4
     open_per_video: int = 1
+    num_names: int | None = None
     styles: tuple[str, ...] = ("openmoji",)
     unseen_style: str = "openmoji-grey"
 
@@ -63,6 +67,8 @@ class WorldConfig:
             value = getattr(self, name)
             if value < 64 or value % 2:
                 raise StormError(f"{name}: {value} must be even and at least 64 pixels")
+        if self.num_names is not None and self.num_names < _FEWEST_NAMES:
+            raise StormError(f"num_names: {self.num_names} must be at least {_FEWEST_NAMES}")
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -76,11 +82,9 @@ class WorldConfig:
                 f"fps: {self.fps} over {self.min_seconds} s is too few frames for the events; "
                 f"min_seconds x fps must be at least {_FEWEST_FRAMES}"
             )
-        if (
-            not 1 <= self.questions_per_video <= _MOST_QUESTIONS
-            or not 0 <= self.open_per_video <= _MOST_QUESTIONS
-        ):
+        numbers = (self.questions_per_video, self.open_per_video)
+        if not all(0 <= number <= _MOST_QUESTIONS for number in numbers) or not any(numbers):
             raise StormError(
-                f"questions_per_video, open_per_video: {self.questions_per_video}, {self.open_per_video} "
-                f"must be within 1 (0 for open) to {_MOST_QUESTIONS}"
+                f"questions_per_video, open_per_video: {numbers[0]}, {numbers[1]} must be within 0 to "
+                f"{_MOST_QUESTIONS}, not both 0"
             )

@@ -139,7 +139,10 @@ def split_names(config: WorldConfig, split: Split) -> tuple[str, ...]:
     """Returns the names that a split may show: those that every style can draw, so that styles share one vocabulary."""
     drawable = frozenset.intersection(*(available_names(s) for s in (*config.styles, config.unseen_style)))
     things = vocabulary(unseen=split == "test_unseen_objects")
-    return tuple(thing.name for thing in things if thing.name in drawable)
+    names = tuple(thing.name for thing in things if thing.name in drawable)
+    if config.num_names is None or config.num_names >= len(names):
+        return names
+    return tuple(sorted(random.Random(f"{config.seed}/names").sample(names, config.num_names)))  # noqa: S311
 
 
 def direct(config: WorldConfig, split: Split, index: int) -> Script:

@@ -1,0 +1,323 @@
+"""Compares temporal projectors and token compressions in a controlled experiment: the paper's Tables 2, 4, 5 and 7 in miniature.
+
+    python benchmarks/comparison.py --out runs/comparison [--seeds 0 1 2] [--jobs 2] [--quick]
+
+Everything is made from nothing: a synthetic world of few things, a small language model with random weights and a
+tokenizer of its own, and the default model's vision encoder, frozen, whose features are cached. Every model sees the same
+videos in the same order for the same number of steps; its seed sets the weights that are new. The test asks open
+questions, one at a time, about videos that no training saw, and an answer is right if every token of it is: what greedy
+decoding would write. Intervals (95%) resample the test videos; a difference is taken video by video and seed by seed.
+
+Runs are kept, and a cut comparison goes on where it was. The result is ``comparison.json``, ``comparison.md`` and
+``comparison.png`` in the folder. It needs `storm-vlm[demo,train,world]` and `storm setup-demo`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison_report import write_report
+from measuring import machine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as library_logging
+
+from storm_vlm.data import Mixture, MixtureConfig, SetConfig, StormCollator, TrainingDataset
+from storm_vlm.data.world import WorldConfig, generate_dataset
+from storm_vlm.model import ComposeOptions, compose_model
+from storm_vlm.model.compose import save_model
+from storm_vlm.model.default_model import load_default_vision_tower
+from storm_vlm.model.modeling_storm import IGNORED_LABEL
+from storm_vlm.pipeline.loading import load_model
+from storm_vlm.storage import atomic_file
+from storm_vlm.training import Recipe, train
+from storm_vlm.training.features import cache_features
+from storm_vlm.training.recipe import (
+    DataRecipe,
+    LearningRates,
+    ModelRecipe,
+    OutputRecipe,
+    ScheduleRecipe,
+    VideoRecipe,
+)
+
+TRAIN, TEST = "train", "test_in_vocabulary"
+IMAGE_SIZE = (64, 64)
+VOCABULARY = 1024
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'assistant' -%}{%- generation -%}{{ message.content + eos_token }}{%- endgeneration -%}"
+    "{%- else -%}{{ '?' + message.content + ':' }}{%- endif -%}"
+    "{%- endfor -%}"
+)
+VILA = {"projector_type": "mlp", "num_mamba_layers": 0}
+STORM = {"projector_type": "linear", "num_mamba_layers": 1, "bidirectional": True}
+ONE_WAY = {**STORM, "bidirectional": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A model of the comparison: its projector, and the compression that it is trained with."""
+
+    name: str
+    projector: dict[str, Any]
+    num_frames: int
+    temporal_pool: int = 1
+    spatial_pool: int = 1
+    # Temporal sampling that the trained model is tested with too.
+    tested_samples: tuple[int, ...] = (1,)
+
+
+VARIANTS = (
+    Variant("VILA", VILA, 8),
+    Variant("STORM", STORM, 8),
+    Variant("VILA", VILA, 32, tested_samples=(1, 8)),
+    Variant("VILA + T.pool", VILA, 32, temporal_pool=4, tested_samples=(1, 2)),
+    Variant("STORM", STORM, 32, tested_samples=(1, 4, 8)),
+    Variant("STORM + T.pool", STORM, 32, temporal_pool=4, tested_samples=(1, 2)),
+    Variant("STORM + S.pool", STORM, 32, spatial_pool=4, tested_samples=(1, 2)),
+    Variant("STORM + T.pool + S.pool", STORM, 32, temporal_pool=4, spatial_pool=4, tested_samples=(1, 2)),
+    Variant("uni-directional + T.pool", ONE_WAY, 32, temporal_pool=4, tested_samples=(1, 2)),
+    Variant("VILA + T.pool", VILA, 128, temporal_pool=4, tested_samples=(1, 2)),
+    Variant("STORM + T.pool", STORM, 128, temporal_pool=4, tested_samples=(1, 2)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How large the comparison is."""
+
+    train_videos: int = 2000
+    test_videos: int = 200
+    steps: int = 400
+    batch_size: int = 16
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_names: int = 24
+    seconds: int = 32
+
+
+QUICK = Scale(train_videos=32, test_videos=8, steps=4, batch_size=4, hidden_size=48, num_layers=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model to train and test, in a process of its own."""
+
+    out: Path
+    scale: Scale
+    variant: Variant
+    seed: int
+    threads: int
+    folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = f"{self.variant.name} {self.variant.num_frames}f seed {self.seed}".replace(" ", "-")
+        object.__setattr__(self, "folder", self.out / "runs" / name)
+
+
+def make_world(out: Path, scale: Scale) -> Path:
+    """Generates the videos and questions, or what is missing of them."""
+    config = WorldConfig(
+        num_videos={TRAIN: scale.train_videos, TEST: scale.test_videos},
+        width=IMAGE_SIZE[1],
+        height=IMAGE_SIZE[0],
+        min_seconds=scale.seconds,
+        max_seconds=scale.seconds,
+        questions_per_video=0,
+        open_per_video=7,
+        num_names=scale.num_names,
+    )
+    generate_dataset(config, out / "world")
+    return out / "world"
+
+
+def make_tokenizer(world: Path) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer on what training says: short answers are few tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    records = json.loads((world / TRAIN / "annotations.json").read_text(encoding="utf-8"))
+    texts = (turn["value"] for record in records for turn in record["conversations"])
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def compose_variant(job: Job) -> Path:
+    """Saves the untrained model of a job; models of one seed share the language model's weights."""
+    folder = job.folder / "composed"
+    if folder.is_dir():
+        return folder
+    tokenizer = make_tokenizer(job.out / "world")
+    torch.manual_seed(job.seed)
+    scale = job.scale
+    language_model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer) + 2,
+            hidden_size=scale.hidden_size,
+            intermediate_size=4 * scale.hidden_size,
+            num_hidden_layers=scale.num_layers,
+            num_attention_heads=scale.hidden_size // 48,
+            num_key_value_heads=scale.hidden_size // 48,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+    variant = job.variant
+    options = ComposeOptions(
+        projector=variant.projector,
+        temporal_pool=variant.temporal_pool,
+        spatial_pool=variant.spatial_pool,
+        num_frames=variant.num_frames,
+        frame_separator="newline",
+        seed=job.seed,
+    )
+    model, processor = compose_model(
+        load_default_vision_tower(IMAGE_SIZE), language_model, tokenizer, options
+    )
+    save_model(model, processor, folder)
+    return folder
+
+
+def make_recipe(job: Job, model: Path) -> Recipe:
+    """Returns the recipe of a job; all are alike but for the model, its frames and its pooling."""
+    variant, scale = job.variant, job.scale
+    return Recipe(
+        model=ModelRecipe(path=str(model)),
+        data=DataRecipe(
+            mixture=job.out / "world" / TRAIN / "conversations.json",
+            num_workers=0,
+            feature_cache=job.out / "features",
+        ),
+        video=VideoRecipe(variant.num_frames, variant.temporal_pool, variant.spatial_pool),
+        learning_rates=LearningRates(temporal_projector=2e-3, language_model=2e-3),
+        schedule=ScheduleRecipe(
+            num_epochs=1000, max_steps=scale.steps, batch_size=scale.batch_size, warmup_ratio=0.05
+        ),
+        output=OutputRecipe(folder=job.folder / "training", save_steps=scale.steps, report_to=()),
+    )
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Trains and tests one model, or reads what an earlier run came to."""
+    file = job.folder / "result.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    library_logging.disable_progress_bar()
+    torch.set_num_threads(job.threads)
+    start = time.perf_counter()
+    recipe = make_recipe(job, compose_variant(job))
+    trained = train(recipe, use_cpu=True)
+    training_seconds = time.perf_counter() - start
+    model, processor = load_model(
+        job.folder / "training" / "model", device="cpu", dtype="float32", attn_implementation=None
+    )
+    tests = [test_model(job, model.eval(), processor, sample) for sample in job.variant.tested_samples]
+    result = {
+        "variant": job.variant.name,
+        "num_frames": job.variant.num_frames,
+        "seed": job.seed,
+        "final_loss": trained.final_loss,
+        "training_seconds": training_seconds,
+        "tests": tests,
+    }
+    with atomic_file(file) as path:
+        path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return result
+
+
+@torch.no_grad()
+def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> dict[str, Any]:
+    """Asks the test's questions one at a time; tells who is right about what, the tokens and the time of a video."""
+    annotations = job.out / "world" / TEST / "annotations.json"
+    mixture = Mixture(MixtureConfig((SetConfig(TEST, annotations),)))
+    dataset = TrainingDataset(mixture, processor, temporal_sample=temporal_sample)
+    dataset.features = cache_features(
+        dataset, model, job.out / "features", device=torch.device("cpu"), bf16=False, num_workers=0
+    )
+    loader = DataLoader(dataset, batch_size=job.scale.batch_size, collate_fn=StormCollator(processor))
+    right: list[bool] = []
+    seconds = []
+    for batch in loader:
+        batch.pop("bad_samples")
+        start = time.perf_counter()
+        right += answered(model, batch)
+        seconds.append((time.perf_counter() - start) / len(batch["labels"]))
+    records = json.loads(annotations.read_text(encoding="utf-8"))
+    by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for record, is_right in zip(records, right, strict=True):
+        by_task[record["task"]][record["video"]].append(is_right)
+    example = dataset[0]
+    return {
+        "temporal_sample": temporal_sample,
+        "visual_tokens": int((example["input_ids"] == processor.video_token_id).sum()),
+        "seconds_per_question": statistics.median(seconds),
+        "right": by_task,
+    }
+
+
+def answered(model: Any, batch: dict[str, torch.Tensor]) -> Iterator[bool]:
+    """Tells for each example whether greedy decoding writes its answer: whether each of its tokens is the likeliest."""
+    labels = batch.pop("labels")
+    likeliest = model(**batch).logits[:, :-1].argmax(-1)
+    is_label = labels[:, 1:] != IGNORED_LABEL
+    return iter(((likeliest == labels[:, 1:]) | ~is_label).all(1).tolist())
+
+
+def main() -> None:
+    """Trains, tests and reports."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="models that train at once")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--steps", type=int, default=Scale.steps)
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of tiny models, to see that it runs"
+    )
+    options = parser.parse_args()
+    scale = QUICK if options.quick else Scale(steps=options.steps)
+    make_world(options.out, scale)
+    jobs = [
+        Job(options.out, scale, variant, seed, options.threads)
+        for seed in options.seeds
+        for variant in VARIANTS
+    ]
+    # A process for each job: what one leaves behind in libraries does not reach the next.
+    context = multiprocessing.get_context("spawn")
+    results = []
+    with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        for job in as_completed([pool.submit(run_job, job) for job in jobs]):
+            results.append(job.result())
+            last = results[-1]
+            print(
+                f"{len(results)}/{len(jobs)} {last['variant']}, {last['num_frames']} frames, seed {last['seed']}"
+            )
+    write_report(results, options.out, machine())
+
+
+if __name__ == "__main__":
+    main()

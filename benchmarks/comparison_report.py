@@ -1,0 +1,200 @@
+"""Table, differences and plot of `comparison.py`, from the results of its runs."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from storm_vlm.storage import atomic_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ALL = "all"
+NUM_RESAMPLES = 2000
+# What is compared: the paper's claims, at one budget of the language model and at all tokens.
+Key = tuple[str, int, int]
+DIFFERENCES: tuple[tuple[str, Key, Key], ...] = (
+    (
+        "12.5% of the tokens against VILA at the same budget",
+        ("STORM + T.pool", 32, 2),
+        ("VILA", 32, 8),
+    ),
+    ("12.5% of the tokens against VILA at 100%", ("STORM + T.pool", 32, 2), ("VILA", 32, 1)),
+    ("12.5% of the tokens against STORM at 100%", ("STORM + T.pool", 32, 2), ("STORM", 32, 1)),
+    ("Mamba, all tokens, 8 frames", ("STORM", 8, 1), ("VILA", 8, 1)),
+    ("Mamba, all tokens, 32 frames", ("STORM", 32, 1), ("VILA", 32, 1)),
+    ("Mamba under T.pool, 32 frames", ("STORM + T.pool", 32, 1), ("VILA + T.pool", 32, 1)),
+    ("Mamba under T.pool, 128 frames", ("STORM + T.pool", 128, 1), ("VILA + T.pool", 128, 1)),
+    ("both ways against one way, T.pool", ("STORM + T.pool", 32, 1), ("uni-directional + T.pool", 32, 1)),
+    ("128 frames under T.pool against 32 at all tokens", ("STORM + T.pool", 128, 1), ("STORM", 32, 1)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Shares of right answers of one kind of model: ``(seeds, videos)`` counts of right and asked."""
+
+    right: np.ndarray
+    asked: np.ndarray
+
+    @property
+    def by_seed(self) -> np.ndarray:
+        """Share of right answers of each seed."""
+        return self.right.sum(1) / self.asked.sum(1)
+
+    def resampled(self, drawn: np.ndarray) -> np.ndarray:
+        """Mean over seeds for each draw of videos ``(draws, videos)``."""
+        return (self.right[:, drawn].sum(-1) / self.asked[:, drawn].sum(-1)).mean(0)
+
+
+def write_report(results: list[dict[str, Any]], out: Path, machine: dict[str, Any]) -> None:
+    """Writes ``comparison.json``, ``comparison.md`` and ``comparison.png``."""
+    tests = _gather(results)
+    tasks = sorted({task for scores in tests.values() for task in scores["scores"]} - {ALL})
+    rows = [_row(key, entry, tasks) for key, entry in sorted(tests.items(), key=lambda item: _order(item[0]))]
+    differences = [
+        {"what": what, **_difference(tests[first]["scores"][ALL], tests[second]["scores"][ALL])}
+        for what, first, second in DIFFERENCES
+        if first in tests and second in tests
+    ]
+    report = {"machine": machine, "rows": rows, "differences": differences}
+    _write(out / "comparison.json", json.dumps(report, indent=1) + "\n")
+    _write(out / "comparison.md", _markdown(rows, differences, tasks))
+    _plot(rows, out / "comparison.png")
+
+
+def _order(key: Key) -> tuple[int, str, int]:
+    variant, num_frames, temporal_sample = key
+    return num_frames, variant, temporal_sample
+
+
+def _gather(results: list[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """Returns scores by task, tokens and times of each model and sampling, seeds together."""
+    grouped: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: result["seed"]):
+        for test in result["tests"]:
+            grouped[result["variant"], result["num_frames"], test["temporal_sample"]].append(test)
+    gathered = {}
+    for key, tests in grouped.items():
+        tasks = [*tests[0]["right"], ALL]
+        gathered[key] = {
+            "scores": {task: _scores(tests, task) for task in tasks},
+            "visual_tokens": tests[0]["visual_tokens"],
+            "seconds_per_question": float(np.median([test["seconds_per_question"] for test in tests])),
+        }
+    return gathered
+
+
+def _scores(tests: list[dict[str, Any]], task: str) -> Scores:
+    videos = sorted({video for by_video in tests[0]["right"].values() for video in by_video})
+    chosen = [name for name in tests[0]["right"] if task in (name, ALL)]
+
+    def answers(test: dict[str, Any], video: str) -> list[bool]:
+        return [right for name in chosen for right in test["right"][name].get(video, [])]
+
+    right = np.array([[sum(answers(test, video)) for video in videos] for test in tests])
+    asked = np.array([[len(answers(test, video)) for video in videos] for test in tests])
+    return Scores(right, asked)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _drawn(num_videos: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(num_videos, size=(NUM_RESAMPLES, num_videos))
+
+
+def _row(key: Key, entry: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+    variant, num_frames, temporal_sample = key
+    scores = entry["scores"]
+    low, high = _interval(scores[ALL].resampled(_drawn(scores[ALL].right.shape[1])))
+    return {
+        "variant": variant,
+        "num_frames": num_frames,
+        "temporal_sample": temporal_sample,
+        "visual_tokens": entry["visual_tokens"],
+        "accuracy": float(scores[ALL].by_seed.mean()),
+        "low": low,
+        "high": high,
+        "by_seed": scores[ALL].by_seed.tolist(),
+        "by_task": {task: float(scores[task].by_seed.mean()) for task in tasks},
+        "seconds_per_question": entry["seconds_per_question"],
+    }
+
+
+def _difference(first: Scores, second: Scores) -> dict[str, Any]:
+    drawn = _drawn(first.right.shape[1])
+    low, high = _interval(first.resampled(drawn) - second.resampled(drawn))
+    by_seed = first.by_seed - second.by_seed
+    return {"mean": float(by_seed.mean()), "low": low, "high": high, "by_seed": by_seed.tolist()}
+
+
+def _markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]], tasks: list[str]) -> str:
+    head = ["model", "frames", "visual tokens", "accuracy (95%)", "seeds", *tasks, "ms a question"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        sampling = f" + T.sample {row['temporal_sample']}" if row["temporal_sample"] > 1 else ""
+        cells = [
+            row["variant"] + sampling,
+            row["num_frames"],
+            row["visual_tokens"],
+            f"{_percent(row['accuracy'])} ({_percent(row['low'])} to {_percent(row['high'])})",
+            ", ".join(_percent(value) for value in row["by_seed"]),
+            *(_percent(row["by_task"][task]) for task in tasks),
+            f"{1000 * row['seconds_per_question']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| difference, in points | mean (95%) | by seed |", "|---|---|---|"]
+    for entry in differences:
+        interval = f"{_points(entry['mean'])} ({_points(entry['low'])} to {_points(entry['high'])})"
+        lines.append(f"| {entry['what']} | {interval} | {', '.join(map(_points, entry['by_seed']))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draws accuracy over visual tokens, a colour for each model and a mark for each number of frames."""
+    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    marks = {8: "o", 32: "s", 128: "^"}
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for number, variant in enumerate(variants):
+        for row in (row for row in rows if row["variant"] == variant):
+            accuracy = 100 * row["accuracy"]
+            axes.errorbar(
+                row["visual_tokens"],
+                accuracy,
+                yerr=[[accuracy - 100 * row["low"]], [100 * row["high"] - accuracy]],
+                color=f"C{number}",
+                marker=marks.get(row["num_frames"], "D"),
+                fillstyle="full" if row["temporal_sample"] == 1 else "none",
+                capsize=3,
+                linestyle="none",
+            )
+        axes.plot([], [], color=f"C{number}", label=variant)
+    for num_frames, mark in marks.items():
+        axes.plot([], [], color="grey", marker=mark, linestyle="none", label=f"{num_frames} frames")
+    axes.plot([], [], color="grey", marker="s", fillstyle="none", linestyle="none", label="with T.sample")
+    axes.set(xscale="log", xlabel="visual tokens of a video", ylabel="right answers, %")
+    axes.legend(fontsize="small", loc="best")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _write(file: Path, text: str) -> None:
+    with atomic_file(file) as path:
+        path.write_text(text, encoding="utf-8")
