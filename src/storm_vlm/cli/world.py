@@ -32,6 +32,9 @@ def generate(
     test: Annotated[int, typer.Option("--test", min=0, help="Videos of each test split.")] = 100,
     questions: Annotated[int, typer.Option("--questions", help="Multiple-choice questions per video.")] = 4,
     open_questions: Annotated[int, typer.Option("--open", help="Open questions per video.")] = 1,
+    answers: Annotated[
+        str, typer.Option("--answers", help="Options are named by their `letter` or their text (`option`).")
+    ] = "letter",
     names: Annotated[
         int | None, typer.Option("--names", help="Show only so many different things [all].")
     ] = None,
@@ -56,6 +59,7 @@ def generate(
         questions_per_video=questions,
         open_per_video=open_questions,
         num_names=names,
+        answer_style=answers,  # type: ignore[arg-type]  # the config checks it
     )
     with progress_bars() as report:
         generate_dataset(config, out, workers=workers, report=report)

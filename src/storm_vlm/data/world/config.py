@@ -33,6 +33,7 @@ class WorldConfig:
         max_seconds: Longest video, in seconds; four times as long in ``test_long``.
         questions_per_video: Multiple-choice questions of each video.
         open_per_video: Open questions of each video, beside the others.
+        answer_style: How multiple-choice questions are answered: by an option's ``letter`` or the ``option``'s text.
         num_names: Show only so many of the things, drawn by the seed; all if None.
         styles: Sprite styles of every split but ``test_unseen_style``.
         unseen_style: Sprite style of ``test_unseen_style``.
@@ -50,6 +51,7 @@ class WorldConfig:
     max_seconds: int = 10
     questions_per_video: int = 4
     open_per_video: int = 1
+    answer_style: Literal["letter", "option"] = "letter"
     num_names: int | None = None
     styles: tuple[str, ...] = ("openmoji",)
     unseen_style: str = "openmoji-grey"
@@ -67,6 +69,8 @@ class WorldConfig:
             value = getattr(self, name)
             if value < 64 or value % 2:
                 raise StormError(f"{name}: {value} must be even and at least 64 pixels")
+        if self.answer_style not in ("letter", "option"):
+            raise StormError(f"answer_style: {self.answer_style!r} must be letter or option")
         if self.num_names is not None and self.num_names < _FEWEST_NAMES:
             raise StormError(f"num_names: {self.num_names} must be at least {_FEWEST_NAMES}")
         self._check_lengths()

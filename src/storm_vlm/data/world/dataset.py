@@ -54,7 +54,9 @@ def make_sample(config: WorldConfig, split: Split, index: int) -> tuple[Script, 
     for number in range(index * config.questions_per_video, (index + 1) * config.questions_per_video):
         task = TASKS[number % len(TASKS)]
         letter = _balanced_letter(config, split, number)
-        questions.append(ask_about(script, task, rng, names=names, letter=letter))
+        questions.append(
+            ask_about(script, task, rng, names=names, letter=letter, answer_style=config.answer_style)
+        )
     for number in range(index * config.open_per_video, (index + 1) * config.open_per_video):
         questions.append(ask_open(script, OPEN_TASKS[number % len(OPEN_TASKS)], rng))
     return script, questions
@@ -233,7 +235,7 @@ def make_records(config: WorldConfig, split: Split, index: int) -> Iterator[dict
             "video": f"videos/{index:06d}.mp4",
             "conversations": [
                 {"from": "human", "value": f"<video>\n{question.text}"},
-                {"from": "gpt", "value": question.answer},
+                {"from": "gpt", "value": question.reply},
             ],
             "task": question.task,
             "difficulty": script.difficulty,
@@ -247,7 +249,8 @@ def make_records(config: WorldConfig, split: Split, index: int) -> Iterator[dict
 def make_conversation(config: WorldConfig, split: Split, index: int) -> dict[str, Any]:
     """Makes one record of all questions of a video, so that training reads its tokens once.
 
-    Questions that ask what is there come first, as later ones name what is; a description, which tells all, last.
+    Questions that ask what is there come first, as later ones name what is; those without options follow, and a
+    description, which tells all, is last.
 
     Args:
         config: Settings of the world.
@@ -259,11 +262,11 @@ def make_conversation(config: WorldConfig, split: Split, index: int) -> dict[str
     """
     _, questions = make_sample(config, split, index)
     sample_rng(config, split, index, "conversation").shuffle(questions)
-    questions.sort(key=lambda question: {"needle": 0, "text": 1, "describe": 3}.get(question.task, 2))
+    questions.sort(key=_place_in_conversation)
     turns = [
         {"from": speaker, "value": value}
         for question in questions
-        for speaker, value in (("human", question.text), ("gpt", question.answer))
+        for speaker, value in (("human", question.text), ("gpt", question.reply))
     ]
     turns[0]["value"] = f"<video>\n{turns[0]['value']}"
     return {
@@ -272,6 +275,12 @@ def make_conversation(config: WorldConfig, split: Split, index: int) -> dict[str
         "conversations": turns,
         "tasks": [question.task for question in questions],
     }
+
+
+def _place_in_conversation(question: Question) -> int:
+    if question.form == "open":
+        return 4 if question.task == "describe" else 3
+    return {"needle": 0, "text": 1}.get(question.task, 2)
 
 
 def make_captions(config: WorldConfig, split: Split, index: int) -> Iterator[dict[str, Any]]:

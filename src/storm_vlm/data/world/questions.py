@@ -20,7 +20,10 @@ OPEN_TASKS: tuple[Task, ...] = ("describe", "order", "change", "count", "directi
 LETTERS = "ABCD"
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 _LETTER_HINT = "Answer with the option's letter from the given choices directly."
+_OPTION_HINT = "Answer with the text of the right option."
 _SHORT_HINT = "Answer briefly."
+# How a multiple-choice question is to be answered.
+AnswerStyle = Literal["letter", "option"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Question:
         prompt: The question, without options.
         options: Four texts, or none.
         answer: Letter of the right option, or the text of the answer.
+        answer_style: Whether an option is named by its letter or by its text, which small language models can learn.
     """
 
     task: Task
@@ -40,6 +44,14 @@ class Question:
     prompt: str
     options: tuple[str, ...]
     answer: str
+    answer_style: AnswerStyle = "letter"
+
+    @property
+    def reply(self) -> str:
+        """What a right answer says."""
+        if self.form == "open" or self.answer_style == "letter":
+            return self.answer
+        return self.options[LETTERS.index(self.answer)]
 
     @property
     def text(self) -> str:
@@ -47,7 +59,8 @@ class Question:
         if self.form == "open":
             return f"{self.prompt}\n{_SHORT_HINT}" if self.task != "describe" else self.prompt
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=True)]
-        return "\n".join([self.prompt, *lines, _LETTER_HINT])
+        hint = _LETTER_HINT if self.answer_style == "letter" else _OPTION_HINT
+        return "\n".join([self.prompt, *lines, hint])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,13 @@ class _Draft:
 
 
 def ask_about(
-    script: Script, task: Task, rng: random.Random, *, names: Sequence[str], letter: str
+    script: Script,
+    task: Task,
+    rng: random.Random,
+    *,
+    names: Sequence[str],
+    letter: str,
+    answer_style: AnswerStyle = "letter",
 ) -> Question:
     """Asks a multiple-choice question.
 
@@ -70,6 +89,7 @@ def ask_about(
         rng: Source of chance.
         names: Names from which absent things are drawn.
         letter: Letter that the right option shall have.
+        answer_style: See `Question`.
 
     Returns:
         The question.
@@ -78,7 +98,7 @@ def ask_about(
     options = list(draft.distractors)
     rng.shuffle(options)
     options.insert(LETTERS.index(letter), draft.answer)
-    return Question(task, "multiple_choice", draft.prompt, tuple(options), letter)
+    return Question(task, "multiple_choice", draft.prompt, tuple(options), letter, answer_style)
 
 
 def ask_open(script: Script, task: Task, rng: random.Random) -> Question:
