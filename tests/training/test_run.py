@@ -1,14 +1,17 @@
 """Whole runs on a tiny model and real files: what is trained, what is written, what a resumed run comes to."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from storm_vlm.errors import DataError, RecipeError
+from storm_vlm.errors import DataError, ModelError, RecipeError
 from storm_vlm.training import plan_training, train
+from storm_vlm.training.model import make_model
 from tests.data.corpus import llava, write_json
 
 
@@ -201,3 +204,38 @@ def test_plan(recipe, tiny_folder):
     assert {part.name: part.num_trained for part in with_lora.parts} == {
         "vision_tower": 0, "temporal_projector": parts["temporal_projector"].num_trained, "language_model": want,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_projector_goes_on_in_another_model(recipe, tmp_path, lora):
+    first = recipe(
+        "first",
+        learning_rates={"temporal_projector": 1e-2, "language_model": 1e-3 if lora else None},
+        lora=lora,
+        model={"num_llm_layers": 1},
+        output={"merged": False, "adapter": True},
+    )
+    result = train(first, use_cpu=True)
+    adapter = first.output.folder / "adapter"
+    assert result.folders == (adapter,)
+    second = recipe("second", learning_rates={"temporal_projector": None, "language_model": 1e-3})
+    composed = replace(second, model=replace(second.model, projector_from=adapter))
+    model, _ = make_model(composed)
+    saved = load_file(adapter / ("adapter_model.safetensors" if lora else "temporal_projector.safetensors"))
+    weights = model.temporal_projector.state_dict()
+    for name, tensor in weights.items():
+        (found,) = [value for key, value in saved.items() if key.endswith(name)]
+        assert torch.equal(found, tensor), name
+    assert len(model.language_model.layers) == 2
+
+
+def test_only_as_many_layers_as_there_are(recipe, tmp_path):
+    short = recipe(model={"num_llm_layers": 1}, output={"merged": False})
+    model, processor = make_model(short)
+    assert len(model.language_model.layers) == model.config.text_config.num_hidden_layers == 1
+    with pytest.raises(RecipeError, match=r"num_llm_layers: 3 asked for, the language model has 2"):
+        make_model(recipe(model={"num_llm_layers": 3}, output={"merged": False}))
+    with pytest.raises(RecipeError, match=r"output\.merged"):
+        recipe(model={"num_llm_layers": 1})
+    with pytest.raises(ModelError, match="projector of"):
+        make_model(replace(short, model=replace(short.model, projector_from=tmp_path)))

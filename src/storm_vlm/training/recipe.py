@@ -29,7 +29,7 @@ class ModelRecipe:
         llm: Language model to compose from; the default model's if None.
         projector: Fields of `TemporalProjectorConfig` for a composed model.
         projector_seed: Seed of a composed model's new projector.
-        projector_from: Folder of an adapter whose projector a composed model begins with; a new one if None.
+        projector_from: Folder of an adapter whose projector the model begins with; its own if None.
         num_llm_layers: Keep only so many first layers of the language model, a cheap stand-in while a projector
             learns to speak to them; all if None. Such a model leaves an adapter, and no ``model`` folder.
         image_size: Side of the frames in pixels for a composed model; the encoder's own if None.
@@ -50,7 +50,7 @@ class ModelRecipe:
         _require(
             (self.vision is None) == (self.llm is None), "model.llm", "vision and llm together", self.llm
         )
-        composed = self.vision is not None or bool(self.projector) or self.projector_from is not None
+        composed = self.vision is not None or bool(self.projector)
         _require(
             self.path is None or not composed,
             "model.path",

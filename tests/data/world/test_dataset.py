@@ -15,7 +15,7 @@ pytest.importorskip("skimage")
 
 from PIL import Image
 
-from storm_vlm.data.world import SPLITS, WorldConfig, dataset_statistics, generate_dataset
+from storm_vlm.data.world import SPLITS, WorldConfig, dataset_statistics, generate_dataset, make_sample
 from storm_vlm.errors import StormError
 
 CONFIG = WorldConfig(num_videos={"train": 3, "test_unseen_objects": 2}, width=96, height=64, max_seconds=8)
@@ -131,3 +131,64 @@ def test_the_command_names_mistakes_in_one_line(tmp_path):
     wrong = _storm("world", "stats", str(tmp_path))
     assert wrong.returncode == 2
     assert "world.json" in wrong.stderr
+
+
+def test_conversations_hold_the_same_questions_once(world):
+    annotations = json.loads((world / "train" / "annotations.json").read_text())
+    conversations = json.loads((world / "train" / "conversations.json").read_text())
+    assert [record["video"] for record in conversations] == sorted({r["video"] for r in annotations})
+    for record in conversations:
+        turns = record["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * 5
+        assert turns[0]["value"].startswith("<video>\n")
+        assert sum("<video>" in turn["value"] for turn in turns) == 1
+        asked = [
+            (human["value"].removeprefix("<video>\n"), gpt["value"])
+            for human, gpt in zip(turns[::2], turns[1::2], strict=True)
+        ]
+        single = [
+            tuple(turn["value"].removeprefix("<video>\n") for turn in r["conversations"])
+            for r in annotations
+            if r["video"] == record["video"]
+        ]
+        assert sorted(asked) == sorted(single)
+        forms = {question: "A. " in question for question, _ in asked}
+        assert [forms[question] for question, _ in asked] == sorted(forms.values(), reverse=True)
+        if "describe" in record["tasks"]:
+            assert record["tasks"][-1] == "describe"
+
+
+def test_pictures_show_what_their_captions_say(world):
+    records = json.loads((world / "train" / "pictures.json").read_text())
+    for index in range(3):
+        script = json.loads((world / "train" / "scripts" / f"{index:06d}.json").read_text())
+        about = [record for record in records if record["id"].startswith(f"train-{index:06d}-")]
+        assert len(about) == len(script["appearances"])
+        for record, appearance in zip(about, script["appearances"], strict=True):
+            assert Image.open(world / "train" / record["image"]).size == (96, 64)
+            caption = record["conversations"][1]["value"]
+            assert appearance["thing"] in caption.lower()
+            if appearance["motion"] == "still" and appearance["thing"] != script["changes"][0]["thing"]:
+                x, y = appearance["path"][0]["x"], appearance["path"][0]["y"]
+                assert f"{'top' if y < 0.5 else 'bottom'} {'left' if x < 0.5 else 'right'}" in caption
+    assert not (world / "test_unseen_objects" / "pictures.json").exists()
+
+
+def test_options_answered_by_their_text(tmp_path):
+    config = replace(CONFIG, num_videos={"train": 1}, questions_per_video=8, answer_style="option")
+    generate_dataset(config, tmp_path / "out", workers=1)
+    for record in json.loads((tmp_path / "out" / "train" / "annotations.json").read_text()):
+        human, gpt = record["conversations"]
+        if record["form"] == "multiple_choice":
+            assert human["value"].endswith("\nAnswer with the text of the right option.")
+            assert gpt["value"] == record["options"]["ABCD".index(record["answer"])]
+        else:
+            assert gpt["value"] == record["answer"]
+
+
+def test_a_world_of_few_things(tmp_path):
+    config = replace(CONFIG, num_videos={"train": 8}, num_names=16)
+    names = {name for index in range(8) for name in make_sample(config, "train", index)[0].seen_names}
+    assert 8 < len(names) <= 16
+    with pytest.raises(StormError, match="num_names: 15"):
+        replace(CONFIG, num_names=15)
