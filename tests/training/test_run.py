@@ -231,7 +231,7 @@ def test_a_projector_goes_on_in_another_model(recipe, tmp_path, lora):
 
 def test_only_as_many_layers_as_there_are(recipe, tmp_path):
     short = recipe(model={"num_llm_layers": 1}, output={"merged": False})
-    model, processor = make_model(short)
+    model, _ = make_model(short)
     assert len(model.language_model.layers) == model.config.text_config.num_hidden_layers == 1
     with pytest.raises(RecipeError, match=r"num_llm_layers: 3 asked for, the language model has 2"):
         make_model(recipe(model={"num_llm_layers": 3}, output={"merged": False}))
