@@ -6,7 +6,19 @@ import sys
 import typer
 from rich.logging import RichHandler
 
-from storm_vlm.cli import ask, chat, compose, convert, evaluate, info, lists, profile, setup_demo, train, world
+from storm_vlm.cli import (
+    ask,
+    chat,
+    compose,
+    convert,
+    evaluate,
+    info,
+    lists,
+    profile,
+    setup_demo,
+    train,
+    world,
+)
 from storm_vlm.cli.terminal import errors_console
 from storm_vlm.errors import StormError
 

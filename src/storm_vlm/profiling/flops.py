@@ -59,7 +59,9 @@ def encoding_flops(
         "vision": num_frames * vision.get_total_flops(),
         "projector": num_frames * projection.get_total_flops()
         + mixing_flops(model.temporal_projector, math.prod(grid)),
-        "compression": compression_flops(grid, model.config.projector_config.output_size or width, compression),
+        "compression": compression_flops(
+            grid, model.config.projector_config.output_size or width, compression
+        ),
     }
 
 

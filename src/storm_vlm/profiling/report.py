@@ -56,7 +56,14 @@ class ProfileReport:
         """Returns the figures, the paper's beside ours where it has the same setting."""
         if not self.measurements:
             return []
-        tables = [self._latency(), self._shares(), self._flops(), self._memory(), self._paper(), self._ratios()]
+        tables = [
+            self._latency(),
+            self._ranges(),
+            self._flops(),
+            self._memory(),
+            self._paper(),
+            self._ratios(),
+        ]
         return [table for table in tables if table.rows]
 
     def ratio(self, num_frames: int, parts: tuple[str, ...] = MODEL_PARTS) -> float | None:
@@ -98,33 +105,41 @@ class ProfileReport:
         return "\n".join(lines)
 
     def _found(self, num_frames: int, factor: int) -> Measurement | None:
-        """Returns the measurement with the paper's compression of a factor, which pools and samples time alone."""
+        """Returns the measurement whose tokens the paper's kind of compression made fewer by this factor."""
         for measurement in self.measurements:
-            setting = measurement.setting
-            if setting.num_frames == num_frames and _paper_factor(setting) == factor:
+            if measurement.setting.num_frames == num_frames and _paper_factor(measurement) == factor:
                 return measurement
         return None
 
     def _latency(self) -> Table:
-        columns = ["frames", "compression", "visual tokens", "first token after", *PARTS, "each token after"]
+        columns = ["frames", "compression", "visual tokens", "first token", *PARTS, "each token after"]
         rows = [
             [
                 *_labels(measurement),
                 f"{measurement.num_visual_tokens}",
-                _spread(measurement.total()),
-                *(_spread(measurement.part(part)) for part in PARTS),
-                _spread(Spread.of(measurement.token_seconds)),
+                _ms(measurement.total().median),
+                *(
+                    f"{_ms(measurement.part(part).median)} ({100 * measurement.share(part):.1f}%)"
+                    for part in PARTS
+                ),
+                _ms(Spread.of(measurement.token_seconds).median),
             ]
             for measurement in self.measurements
         ]
-        return Table("Latency in ms: median (least to most)", columns, rows)
+        return Table("Latency in ms, median, and share of the time to the first token", columns, rows)
 
-    def _shares(self) -> Table:
+    def _ranges(self) -> Table:
         rows = [
-            [*_labels(measurement), *(f"{100 * measurement.share(part):.1f}" for part in PARTS)]
+            [
+                *_labels(measurement),
+                _range(measurement.total()),
+                *(_range(measurement.part(part)) for part in PARTS),
+                _range(Spread.of(measurement.token_seconds)),
+            ]
             for measurement in self.measurements
         ]
-        return Table("Share of the time to the first token in %", ["frames", "compression", *PARTS], rows)
+        columns = ["frames", "compression", "first token", *PARTS, "each token after"]
+        return Table("Latency in ms, least to most", columns, rows)
 
     def _flops(self) -> Table:
         rows = [
@@ -151,15 +166,21 @@ class ProfileReport:
             ]
             for measurement in self.measurements
         ]
-        columns = ["frames", "compression", "peak over idle", "KV of visual tokens", "visual tokens", "prompt tokens"]
+        columns = [
+            "frames",
+            "compression",
+            "peak over idle",
+            "KV of visual tokens",
+            "visual tokens",
+            "prompt tokens",
+        ]
         return Table("Memory in MiB, and tokens", columns, rows)
 
     def _paper(self) -> Table:
         """Sets the model's time, without decoding the video, beside the paper's."""
         rows = []
         for measurement in self.measurements:
-            factor = _paper_factor(measurement.setting)
-            paper = TABLE_13.get((measurement.setting.num_frames, factor or 0))
+            paper = TABLE_13.get((measurement.setting.num_frames, _paper_factor(measurement) or 0))
             if paper is None:
                 continue
             ours = (
@@ -169,12 +190,18 @@ class ProfileReport:
                 measurement.part("projector"),
             )
             theirs = (paper.total, paper.language_model, paper.vision, paper.projector)
-            cells = [cell for our, their in zip(ours, theirs, strict=True) for cell in (_ms(our.median), str(their))]
+            cells = [
+                cell
+                for our, their in zip(ours, theirs, strict=True)
+                for cell in (_ms(our.median), str(their))
+            ]
             rows.append([*_labels(measurement), *cells])
         columns = ["frames", "compression"]
-        for name in ("model", "prefill", "vision", "projector"):
+        for name in ("total", "prefill", "vision", "projector"):
             columns += [name, f"{name}, paper"]
-        return Table(f"Latency in ms beside the paper's Table 13 ({MACHINE})", columns, rows)
+        return Table(
+            f"Latency in ms without decoding, beside the paper's Table 13 ({MACHINE})", columns, rows
+        )
 
     def _ratios(self) -> Table:
         rows = []
@@ -196,9 +223,12 @@ class ProfileReport:
         return Table("How many times faster 8x compression is, and what the projector costs", columns, rows)
 
 
-def _paper_factor(setting: Setting) -> int | None:
-    """Returns the factor of a compression as in Table 13, which has no spatial pooling."""
-    return compression_factor(setting.compression) if setting.compression.spatial_pool == 1 else None
+def _paper_factor(measurement: Measurement) -> int | None:
+    """Returns the factor of a compression as Table 13 has it: over time alone, and of whole groups of frames."""
+    compression = measurement.setting.compression
+    factor = compression_factor(compression)
+    is_whole = measurement.num_visual_tokens * factor == measurement.num_uncompressed_tokens
+    return factor if compression.spatial_pool == 1 and is_whole else None
 
 
 def _named(setting: Setting) -> dict[str, Any]:
@@ -213,8 +243,8 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(spread: Spread) -> str:
-    return f"{_ms(spread.median)} ({_ms(spread.low)} to {_ms(spread.high)})"
+def _range(spread: Spread) -> str:
+    return f"{_ms(spread.low)} to {_ms(spread.high)}"
 
 
 def _ms(seconds: float) -> str:
@@ -225,7 +255,7 @@ def _ms(seconds: float) -> str:
 
 
 def _mebibytes(num_bytes: int | None) -> str:
-    return "not known" if num_bytes is None else f"{num_bytes / _MIB:.3g}" if num_bytes < 100 * _MIB else f"{num_bytes / _MIB:.0f}"
+    return "not known" if num_bytes is None else f"{num_bytes / _MIB:.1f}"
 
 
 def _times(ratio: float | None) -> str:

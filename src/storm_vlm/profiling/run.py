@@ -48,7 +48,11 @@ def profile(
     Returns:
         The report; a compression that the model's grid of tokens does not allow is a StormError before any work.
     """
-    grid = [Setting(frames, compression) for frames in settings.num_frames for compression in settings.compressions]
+    grid = [
+        Setting(frames, compression)
+        for frames in settings.num_frames
+        for compression in settings.compressions
+    ]
     for setting in grid:
         _check_grid(video_qa, setting)
     facts = _facts(video_qa, video, settings, model_name, video_name)

@@ -47,11 +47,10 @@ def paper_shape(
         dtype: As for `load_model`.
 
     Returns:
-        The model on its device and its processor.
+        The model on its device and its processor; weights that do not fit the memory are a BudgetError.
 
     Raises:
         StormError: The width is unknown.
-        BudgetError: The weights do not fit the memory.
     """
     if width not in WIDTHS:
         raise StormError(f"paper shape {width!r} is unknown: choose a width of {', '.join(WIDTHS)}")
@@ -74,10 +73,7 @@ def _configs(divisor: int) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Returns the configs of the two backbones, which are StormConfig's defaults, with their widths divided."""
     paper = StormConfig()
     narrower = [
-        {
-            name: getattr(config, name) // divisor
-            for name in ("hidden_size", "intermediate_size")
-        }
+        {name: getattr(config, name) // divisor for name in ("hidden_size", "intermediate_size")}
         for config in (paper.vision_config, paper.text_config)
     ]
     text: dict[str, Any] = {"vocab_size": _VOCABULARY, "max_position_embeddings": _CONTEXT_TOKENS}
