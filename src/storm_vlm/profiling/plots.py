@@ -68,6 +68,8 @@ def _by_frames(measurements: list[Measurement]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(frames, [str(count) for count in frames])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="frames", ylabel="seconds to the first token")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -78,7 +80,7 @@ def _by_part(measurements: list[Measurement]) -> Figure:
     """Draws one panel for each compression, with one bar for each number of frames."""
     groups = _by_name(measurements)
     figure = Figure(figsize=(4 * len(groups), 4), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
         _draw_bars(axes, group, [str(measurement.setting.num_frames) for measurement in group])
         axes.set(xlabel="frames", title=name)
