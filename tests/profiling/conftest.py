@@ -40,6 +40,7 @@ def report() -> ProfileReport:
             measurement(256, "none", [2.4, 2.0, 2.9], 65536),
             measurement(256, "8", [0.4, 0.3, 0.5], 8192),
             measurement(256, "S.pool", [0.6, 0.6, 0.6], 16384),
+            measurement(4, "none", [0.2, 0.2, 0.2], 1024),
             measurement(4, "8", [0.2, 0.2, 0.2], 256),
         ],
         skipped=[Skipped(Setting(512, parse_compression("none")), "it does not fit")],

@@ -6,16 +6,9 @@ import torch
 from storm_vlm.errors import BudgetError
 from storm_vlm.model import TokenCompression
 from storm_vlm.profiling import ProfileSettings, Setting
-from storm_vlm.profiling.measure import (
-    MODEL_PARTS,
-    PARTS,
-    QUESTION,
-    Spread,
-    measure,
-    run_request,
-    split_seconds,
-)
+from storm_vlm.profiling.measure import MODEL_PARTS, Spread, measure
 from storm_vlm.profiling.memory import PeakMemory
+from storm_vlm.profiling.request import PARTS, QUESTION, run_request, split_seconds
 
 POOL_AND_SAMPLE = TokenCompression(temporal_pool=4, temporal_sample=2)
 

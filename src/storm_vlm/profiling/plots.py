@@ -6,7 +6,8 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from storm_vlm.profiling.measure import PARTS, Measurement
+from storm_vlm.profiling.measure import Measurement
+from storm_vlm.profiling.request import PARTS
 from storm_vlm.profiling.settings import compression_name
 
 _COLORS = {

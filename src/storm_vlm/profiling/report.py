@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from storm_vlm.profiling.measure import MODEL_PARTS, PARTS, Measurement, Setting, Spread
+from storm_vlm.profiling.measure import MODEL_PARTS, Measurement, Spread
 from storm_vlm.profiling.paper import MACHINE, TABLE_13
+from storm_vlm.profiling.request import PARTS, Setting
 from storm_vlm.profiling.settings import compression_factor, compression_name
 
 _MIB = 2**20

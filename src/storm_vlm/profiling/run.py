@@ -15,8 +15,9 @@ from storm_vlm.model import visual_grid
 from storm_vlm.model.image_processing_storm import check_size
 from storm_vlm.pipeline import VideoQA
 from storm_vlm.pipeline.memory import check_memory
-from storm_vlm.profiling.measure import Measurement, Setting, measure
+from storm_vlm.profiling.measure import Measurement, measure
 from storm_vlm.profiling.report import ProfileReport, Skipped
+from storm_vlm.profiling.request import Setting
 from storm_vlm.profiling.settings import ProfileSettings, compression_name
 from storm_vlm.video import probe_video
 
