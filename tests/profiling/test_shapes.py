@@ -9,15 +9,22 @@ from storm_vlm.profiling.shapes import _configs, _make_parts
 
 
 @pytest.mark.parametrize(
-    ("divisor", "vision", "text"), [(1, (1152, 4304), (3584, 18944)), (8, (144, 538), (448, 2368))]
+    ("divisor", "vision", "text"),
+    [
+        (1, (1152, 4304, 16), (3584, 18944, 28, 4)),
+        (2, (576, 2152, 8), (1792, 9472, 14, 2)),
+        (4, (288, 1076, 4), (896, 4736, 7, 1)),
+        (8, (144, 538, 2), (448, 2368, 4, 1)),
+    ],
 )
 def test_widths(divisor, vision, text):
-    configs = _configs(divisor)
-    assert [(config.hidden_size, config.intermediate_size) for config in configs] == [vision, text]
-    assert [config.num_hidden_layers for config in configs] == [27, 28]
-    assert [config.num_attention_heads for config in configs] == [16, 28]
-    assert configs[1].num_key_value_heads == 4
-    assert (configs[0].image_size, configs[0].patch_size) == (448, 14)
+    tower, language_model = _configs(divisor)
+    assert (tower.hidden_size, tower.intermediate_size, tower.num_attention_heads) == vision
+    found = (language_model.hidden_size, language_model.intermediate_size, language_model.num_attention_heads)
+    assert (*found, language_model.num_key_value_heads) == text
+    assert [config.num_hidden_layers for config in (tower, language_model)] == [27, 28]
+    assert (tower.image_size, tower.patch_size) == (448, 14)
+    assert language_model.hidden_size % language_model.num_attention_heads == 0
 
 
 def test_the_paper_has_its_parameters():

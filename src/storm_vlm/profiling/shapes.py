@@ -38,8 +38,8 @@ def paper_shape(
 ) -> tuple[StormForConditionalGeneration, StormProcessor]:
     """Makes a model of SigLIP so400m at 448 pixels and Qwen2-7B, or of narrower ones, with random weights.
 
-    Layers, heads, patches and tokens stay as they are; hidden and intermediate sizes are scaled, so that products of
-    matrices shrink with the square of the width. Text is one token for each byte, and nothing stands between frames.
+    Layers, patches and tokens stay as they are; hidden and intermediate sizes and the number of heads are scaled, so that
+    products of matrices shrink with the square of the width, attention and scan with the width. Text is one token for each byte, and nothing stands between frames.
 
     Args:
         width: ``1``, ``1/2``, ``1/4`` or ``1/8`` of the paper's widths.
@@ -72,16 +72,24 @@ def paper_shape(
 def _configs(divisor: int) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     """Returns the configs of the two backbones, which are StormConfig's defaults, with their widths divided."""
     paper = StormConfig()
-    narrower = [
-        {name: getattr(config, name) // divisor for name in ("hidden_size", "intermediate_size")}
-        for config in (paper.vision_config, paper.text_config)
-    ]
     text: dict[str, Any] = {"vocab_size": _VOCABULARY, "max_position_embeddings": _CONTEXT_TOKENS}
     text |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return (
-        type(paper.vision_config)(**paper.vision_config.to_diff_dict() | narrower[0]),
-        type(paper.text_config)(**paper.text_config.to_diff_dict() | narrower[1] | text),
+    vision_config, text_config = (
+        type(config)(**config.to_diff_dict() | _narrower(config, divisor) | changes)
+        for config, changes in ((paper.vision_config, {}), (paper.text_config, text))
     )
+    return vision_config, text_config
+
+
+def _narrower(config: PreTrainedConfig, divisor: int) -> dict[str, int]:
+    """Returns the sizes that shrink with the width; heads become fewer, not smaller, so that attention shrinks too."""
+    exact = {name: getattr(config, name) // divisor for name in ("hidden_size", "intermediate_size")}
+    heads = {
+        name: -(-getattr(config, name) // divisor)
+        for name in ("num_attention_heads", "num_key_value_heads")
+        if hasattr(config, name)
+    }
+    return exact | heads
 
 
 def _make_parts(
