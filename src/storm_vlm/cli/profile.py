@@ -20,7 +20,9 @@ LIST_PATTERNS = {"frames": r"\d+", "compression": r"(?i)none|\d+|[ts]\.(pool|sam
 
 
 def profile(
-    video: Annotated[str | None, typer.Argument(help="Video to read [default: a generated one].")] = None,
+    video: Annotated[
+        str | None, typer.Argument(help="Video to read; a generated one if none is given.")
+    ] = None,
     model: opt.ModelOption = None,
     paper_shape: Annotated[
         str | None,

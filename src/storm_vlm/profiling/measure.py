@@ -116,10 +116,10 @@ def measure(
     last = outcomes[-1]
     return Measurement(
         setting=setting,
-        num_visual_tokens=last.video.num_visual_tokens,
-        num_uncompressed_tokens=last.video.num_uncompressed_tokens,
+        num_visual_tokens=last.num_visual_tokens,
+        num_uncompressed_tokens=last.num_uncompressed_tokens,
         num_prompt_tokens=last.num_prompt_tokens,
-        kv_cache_bytes=last.cache_bytes * last.video.num_visual_tokens // last.num_prompt_tokens,
+        kv_cache_bytes=last.cache_bytes * last.num_visual_tokens // last.num_prompt_tokens,
         peak_over_idle_bytes=memory.over_idle_bytes(),
         seconds={part: [outcome.seconds[part] for outcome in outcomes] for part in PARTS},
         token_seconds=[outcome.token_seconds for outcome in outcomes],

@@ -38,9 +38,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """What one request gave: the encoded video, the answer's tokens, and times."""
+    """What one request gave: counts, the answer's tokens, and times; no tensors, which would add to the next one's peak."""
 
-    video: VideoTokens
+    num_visual_tokens: int
+    num_uncompressed_tokens: int
     token_ids: list[int]
     num_prompt_tokens: int
     cache_bytes: int
@@ -95,7 +96,8 @@ def run_request(
     with stopwatch.part("tokens"), token_context or nullcontext():
         token_ids = _write_tokens(video_qa, cache, first, num_new_tokens)
     return RequestOutcome(
-        video=encoded,
+        num_visual_tokens=encoded.num_visual_tokens,
+        num_uncompressed_tokens=encoded.num_uncompressed_tokens,
         token_ids=token_ids,
         num_prompt_tokens=len(prompt),
         cache_bytes=num_cache_bytes,
