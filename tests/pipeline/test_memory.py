@@ -71,13 +71,13 @@ def test_keys_in_the_way_are_forgotten(video_qa, clip, monkeypatch):
     kept = video_qa._prefix.num_bytes
     assert kept > 0
     needed = estimate_memory(video_qa.model, SIZE, 20, TokenCompression(2)).peak_bytes
-    monkeypatch.setattr(memory, "_free_bytes", lambda device: needed - video_qa._prefix.num_bytes)
+    monkeypatch.setattr(memory, "free_bytes_on", lambda device: needed - video_qa._prefix.num_bytes)
     assert video_qa.encode(clip, num_frames=20).num_frames == 20
     assert video_qa._prefix.num_bytes == 0
 
 
 def test_limit_never_exceeds_what_is_free(video_qa, monkeypatch):
-    monkeypatch.setattr(memory, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_bytes_on", lambda device: 1000)
     weights = weights_of(video_qa.model)
     assert memory.available_bytes(video_qa.model, None) == 1000
     assert memory.available_bytes(video_qa.model, weights + 10**12) == 1000

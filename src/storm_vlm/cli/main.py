@@ -6,7 +6,19 @@ import sys
 import typer
 from rich.logging import RichHandler
 
-from storm_vlm.cli import ask, chat, compose, convert, evaluate, info, setup_demo, train, world
+from storm_vlm.cli import (
+    ask,
+    chat,
+    compose,
+    convert,
+    evaluate,
+    info,
+    lists,
+    profile,
+    setup_demo,
+    train,
+    world,
+)
 from storm_vlm.cli.terminal import errors_console
 from storm_vlm.errors import StormError
 
@@ -25,6 +37,7 @@ app.command("compose")(compose.compose)
 app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.command("info")(info.info)
+app.command("profile", cls=lists.list_command(profile.LIST_PATTERNS))(profile.profile)
 app.command("setup-demo")(setup_demo.setup_demo)
 app.command("train")(train.train)
 app.add_typer(world.world, name="world")

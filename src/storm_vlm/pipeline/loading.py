@@ -34,8 +34,8 @@ def load_model(
     Raises:
         ModelError: There is no such model, it is not a STORM model, or weights are missing.
     """
-    chosen_device = _device(device)
-    options: dict[str, Any] = {"dtype": _dtype(dtype, chosen_device)}
+    chosen_device = choose_device(device)
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, chosen_device)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
@@ -55,7 +55,18 @@ def load_model(
     return model.to(chosen_device), processor
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Returns the device of a name; ``auto`` is the GPU if there is one.
+
+    Args:
+        name: ``auto`` or a device of PyTorch.
+
+    Returns:
+        The device.
+
+    Raises:
+        StormError: The device is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -66,8 +77,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the type to compute in; ``auto`` is bfloat16 on GPUs and on CPUs with instructions for it."""
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the type to compute in; ``auto`` is bfloat16 on GPUs and on CPUs with instructions for it.
+
+    Args:
+        name: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: Where it computes.
+
+    Returns:
+        The type.
+
+    Raises:
+        StormError: The name is unknown.
+    """
     if name == "auto":
         has_bfloat16 = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
         return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -198,7 +198,7 @@ def available_bytes(model: StormForConditionalGeneration, max_memory_bytes: int 
     Returns:
         What is free on the device and below the limit.
     """
-    free_bytes = _free_bytes(model.device)
+    free_bytes = free_bytes_on(model.device)
     if max_memory_bytes is None:
         return free_bytes
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -232,7 +232,8 @@ def _largest(upper: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes_on(device: torch.device) -> int:
+    """Returns the memory of a device that can still be had; of a CPU, that of the machine and its container."""
     if device.type == "cuda":
         # What PyTorch holds without using it can be had again.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

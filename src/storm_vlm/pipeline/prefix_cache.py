@@ -29,16 +29,7 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Memory of the keys and values that are kept."""
-        if self._cache is None:
-            return 0
-        tensors = [
-            tensor
-            for layer in self._cache.layers
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        ]
-        return sum(
-            tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor)
-        )
+        return 0 if self._cache is None else cache_bytes(self._cache)
 
     def clear(self) -> None:
         """Forgets what is kept."""
@@ -93,6 +84,18 @@ class PrefixCache:
         if length <= first or (length > last and _is_same(video, self._video)):
             return length
         return first
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Returns the memory of the keys and values in a cache."""
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor)
+    )
 
 
 def _is_same(one: VideoTokens | None, other: VideoTokens | None) -> bool:
