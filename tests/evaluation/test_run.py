@@ -64,12 +64,12 @@ def test_scores_are_those_of_the_answers(video_qa, questions, says, tmp_path):  
     assert "Videos not read: 1" in table
 
 
-def test_wrong_and_unparseable_answers_score_nothing(video_qa, questions, says, tmp_path):  # noqa: F811
-    for text, unparseable in (("B", 0), ("perhaps", 3)):
+def test_answers_that_are_wrong_or_name_no_option_score_nothing(video_qa, questions, says, tmp_path):  # noqa: F811
+    for text, count in (("B", 0), ("perhaps", 3)):
         says(text)
         report = evaluate(video_qa, questions, tmp_path / text, model_name="tiny")
         assert report.accuracies["dev"]["all"].value == 0
-        assert report.num_unparseable == unparseable
+        assert report.num_unparseable == count
 
 
 def test_a_cut_run_goes_on_to_the_same_answers(video_qa, questions, tmp_path):  # noqa: F811

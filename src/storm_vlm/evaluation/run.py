@@ -68,10 +68,8 @@ def evaluate(
         report_progress: Is told what is going on, how many questions are answered, and of how many.
 
     Returns:
-        The scores. A video that is missing or cannot be read makes its questions wrong, and is named.
-
-    Raises:
-        DataError: The folder holds the answers of other settings or questions.
+        The scores. A video that is missing or cannot be read makes its questions wrong, and is named. A folder with the
+        answers of other settings or questions is a DataError.
     """
     settings = settings or EvaluationSettings()
     known = _claim(out, {"model": model_name, **asdict(settings), **video_qa.describe()}, questions)

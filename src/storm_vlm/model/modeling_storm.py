@@ -147,10 +147,8 @@ class StormModel(StormPreTrainedModel):
             **kwargs: Ignored.
 
         Returns:
-            Output whose ``pooler_output`` holds the visual tokens of each image, ``(num_tokens, d)``.
-
-        Raises:
-            ValueError: Not exactly one of pixels and patch features is given.
+            Output whose ``pooler_output`` holds the visual tokens of each image, ``(num_tokens, d)``. Both pixels and
+            patch features, or neither, are a ValueError.
         """
         features = self._patch_features(
             "pixel_values", pixel_values, "image_patch_features", image_patch_features
