@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from storm_vlm.errors import DataError, ModelError, RecipeError
+from storm_vlm.model.adapter import adapter_options, apply_adapter
+from storm_vlm.model.compose import ComposeOptions
 from storm_vlm.training import plan_training, train
 from storm_vlm.training.model import make_model
 from tests.data.corpus import llava, write_json
@@ -139,9 +141,6 @@ def test_bad_samples_stop_the_run_with_one_error(recipe, tmp_path):
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["projector", "lora"])
 def test_adapter_put_onto_the_base_is_the_merged_model(recipe, tiny_folder, lora):
-    from storm_vlm.model.adapter import adapter_options, apply_adapter
-    from storm_vlm.model.compose import ComposeOptions
-
     rates = {"temporal_projector": 1e-2, "language_model": 1e-2 if lora else None}
     read = recipe(
         learning_rates=rates,
@@ -239,3 +238,21 @@ def test_only_as_many_layers_as_there_are(recipe, tmp_path):
         recipe(model={"num_llm_layers": 1})
     with pytest.raises(ModelError, match="projector of"):
         make_model(replace(short, model=replace(short.model, projector_from=tmp_path)))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["projector", "lora"])
+def test_an_adapter_in_half_precision(recipe, tiny_folder, lora):
+    read = recipe(
+        learning_rates={"temporal_projector": 1e-2, "language_model": 1e-2 if lora else None},
+        lora=lora,
+        output={"adapter": True, "adapter_dtype": "float16"},
+    )
+    train(read, use_cpu=True)
+    (file,) = (read.output.folder / "adapter").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    base = AutoModelForImageTextToText.from_pretrained(tiny_folder)
+    got = apply_adapter(base, AutoProcessor.from_pretrained(tiny_folder), read.output.folder / "adapter")
+    for name, tensor in weights(read.output.folder / "model").items():
+        found = got.state_dict()[name]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, tensor, rtol=0 if lora else 1e-3, atol=0 if lora else 1e-6)

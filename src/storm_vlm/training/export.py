@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from storm_vlm.model import StormConfig, StormProcessor
 from storm_vlm.model.adapter import apply_adapter, save_adapter_settings, save_projector
 from storm_vlm.model.compose import save_model
 from storm_vlm.training.model import make_model
+from storm_vlm.storage import atomic_file
 from storm_vlm.training.recipe import Recipe
 
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
@@ -44,6 +47,7 @@ def _export_lora(
     trainer.save_model(str(adapter_folder))
     if trainer.is_world_process_zero():
         _keep_adapter_alone(adapter_folder)
+        _cast_weights(adapter_folder / _ADAPTER_FILES[1], recipe.output.adapter_dtype)
         save_adapter_settings(config, processor, adapter_folder)
         if recipe.output.merged:
             base, base_processor = make_model(recipe)
@@ -68,7 +72,7 @@ def _export_weights(
         weights = trainer.accelerator.get_state_dict(trainer.model)
         if trainer.is_world_process_zero():
             projector = {
-                name.removeprefix(_PROJECTOR_PREFIX): tensor
+                name.removeprefix(_PROJECTOR_PREFIX): tensor.to(getattr(torch, recipe.output.adapter_dtype))
                 for name, tensor in weights.items()
                 if name.startswith(_PROJECTOR_PREFIX)
             }
@@ -76,6 +80,13 @@ def _export_weights(
             save_adapter_settings(config, processor, adapter_folder)
         written.append(adapter_folder)
     return written
+
+
+def _cast_weights(file: Path, dtype: str) -> None:
+    """Gives the weights of a file another type, in place."""
+    weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
+    with atomic_file(file) as path:
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def _keep_adapter_alone(folder: Path) -> None:

@@ -207,6 +207,7 @@ class OutputRecipe:
         report_to: Trackers of transformers' Trainer, such as tensorboard or trackio.
         merged: Write the whole trained model, LoRA merged, to ``model``.
         adapter: Write only what was trained, projector and LoRA, to ``adapter``.
+        adapter_dtype: Type of the adapter's weights, from which a merged model with LoRA is made too.
     """
 
     folder: Path
@@ -216,6 +217,7 @@ class OutputRecipe:
     report_to: tuple[str, ...] = ("tensorboard",)
     merged: bool = True
     adapter: bool = False
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("logging_steps", "save_steps", "save_total_limit"):
