@@ -10,8 +10,8 @@ from transformers import Trainer
 from storm_vlm.model import StormConfig, StormProcessor
 from storm_vlm.model.adapter import apply_adapter, save_adapter_settings, save_projector
 from storm_vlm.model.compose import save_model
-from storm_vlm.training.model import make_model
 from storm_vlm.storage import atomic_file
+from storm_vlm.training.model import make_model
 from storm_vlm.training.recipe import Recipe
 
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
