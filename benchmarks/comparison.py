@@ -206,7 +206,7 @@ def make_recipe(job: Job, model: Path) -> Recipe:
     return Recipe(
         model=ModelRecipe(path=str(model)),
         data=DataRecipe(
-            mixture=job.out / "world" / TRAIN / "conversations.json",
+            mixture=job.out / "world" / TRAIN / "annotations.json",
             num_workers=0,
             feature_cache=job.out / "features",
         ),

@@ -133,31 +133,6 @@ def test_the_command_names_mistakes_in_one_line(tmp_path):
     assert "world.json" in wrong.stderr
 
 
-def test_conversations_hold_the_same_questions_once(world):
-    annotations = json.loads((world / "train" / "annotations.json").read_text())
-    conversations = json.loads((world / "train" / "conversations.json").read_text())
-    assert [record["video"] for record in conversations] == sorted({r["video"] for r in annotations})
-    for record in conversations:
-        turns = record["conversations"]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * 5
-        assert turns[0]["value"].startswith("<video>\n")
-        assert sum("<video>" in turn["value"] for turn in turns) == 1
-        asked = [
-            (human["value"].removeprefix("<video>\n"), gpt["value"])
-            for human, gpt in zip(turns[::2], turns[1::2], strict=True)
-        ]
-        single = [
-            tuple(turn["value"].removeprefix("<video>\n") for turn in r["conversations"])
-            for r in annotations
-            if r["video"] == record["video"]
-        ]
-        assert sorted(asked) == sorted(single)
-        forms = {question: "A. " in question for question, _ in asked}
-        assert [forms[question] for question, _ in asked] == sorted(forms.values(), reverse=True)
-        if "describe" in record["tasks"]:
-            assert record["tasks"][-1] == "describe"
-
-
 def test_pictures_show_what_their_captions_say(world):
     records = json.loads((world / "train" / "pictures.json").read_text())
     for index in range(3):

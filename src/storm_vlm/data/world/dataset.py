@@ -1,8 +1,8 @@
 """Generates datasets: every sample on its own, so that work runs in parallel and goes on where it was cut.
 
 The layout is that of LLaVA: ``<out>/<split>/videos/000123.mp4``, ``scripts/000123.json`` and ``annotations.json``, one
-question a record; ``conversations.json`` has the questions of each video as one conversation, and for training
-``pictures.json`` captions for ``pictures/000123-0.jpg``. ``<out>/world.json`` holds the settings and counts,
+question a record: the questions about a video would answer each other in one conversation. For training,
+``pictures.json`` has captions of ``pictures/000123-0.jpg``. ``<out>/world.json`` holds the settings and counts,
 ``<out>/ATTRIBUTION.txt`` the licences of the pictures.
 """
 
@@ -159,9 +159,6 @@ def _generate_split(
     _write_records(
         folder / "annotations.json", (r for index in indices for r in make_records(config, split, index))
     )
-    _write_records(
-        folder / "conversations.json", (make_conversation(config, split, index) for index in indices)
-    )
     if split == _PICTURES_SPLIT:
         _write_records(
             folder / "pictures.json", (r for i in indices for r in make_captions(config, split, i))
@@ -244,43 +241,6 @@ def make_records(config: WorldConfig, split: Split, index: int) -> Iterator[dict
             "answer": question.answer,
             "duration_seconds": script.duration_seconds,
         }
-
-
-def make_conversation(config: WorldConfig, split: Split, index: int) -> dict[str, Any]:
-    """Makes one record of all questions of a video, so that training reads its tokens once.
-
-    Questions that ask what is there come first, as later ones name what is; those without options follow, and a
-    description, which tells all, is last.
-
-    Args:
-        config: Settings of the world.
-        split: One of its splits.
-        index: Number of the video within the split.
-
-    Returns:
-        The record, as LLaVA writes it.
-    """
-    _, questions = make_sample(config, split, index)
-    sample_rng(config, split, index, "conversation").shuffle(questions)
-    questions.sort(key=_place_in_conversation)
-    turns = [
-        {"from": speaker, "value": value}
-        for question in questions
-        for speaker, value in (("human", question.text), ("gpt", question.reply))
-    ]
-    turns[0]["value"] = f"<video>\n{turns[0]['value']}"
-    return {
-        "id": f"{split}-{index:06d}",
-        "video": f"videos/{index:06d}.mp4",
-        "conversations": turns,
-        "tasks": [question.task for question in questions],
-    }
-
-
-def _place_in_conversation(question: Question) -> int:
-    if question.form == "open":
-        return 4 if question.task == "describe" else 3
-    return {"needle": 0, "text": 1}.get(question.task, 2)
 
 
 def make_captions(config: WorldConfig, split: Split, index: int) -> Iterator[dict[str, Any]]:
