@@ -24,6 +24,16 @@ def weights_state(*modules: torch.nn.Module) -> WeightsState:
     )
 
 
+def weights_hash(settings: str, *parts: torch.nn.Module) -> str:
+    """Returns a hash of settings and of every weight of some parts: names, types, shapes and bytes."""
+    digest = hashlib.sha256(settings.encode())
+    for part in parts:
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
 @dataclass(slots=True)
 class EncoderFingerprint:
     """Hash of every weight that a video's tokens depend on, and of the config; computed again when a weight changed.
@@ -44,12 +54,7 @@ class EncoderFingerprint:
         parts = (self.model.vision_tower, self.model.temporal_projector)
         state = weights_state(*parts)
         if state != self._state:
-            digest = hashlib.sha256(self.model.config.to_json_string().encode())
-            for part in parts:
-                for name, tensor in part.state_dict().items():
-                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    digest.update(tensor_bytes(tensor))
-            self._state, self._digest = state, digest.hexdigest()
+            self._state, self._digest = state, weights_hash(self.model.config.to_json_string(), *parts)
         return self._digest
 
 

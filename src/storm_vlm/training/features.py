@@ -14,7 +14,7 @@ from storm_vlm.data import TrainingDataset
 from storm_vlm.data.dataset import RECORD_ERRORS
 from storm_vlm.data.feature_cache import PIXEL_NAMES, FeatureCache
 from storm_vlm.model import StormForConditionalGeneration, StormProcessor
-from storm_vlm.pipeline.video_tokens import tensor_bytes
+from storm_vlm.pipeline.identity import weights_hash
 from storm_vlm.training.parts import base_model
 
 # Settings of the processors that pixels do not depend on: what is done with an encoder's features afterwards.
@@ -99,11 +99,7 @@ def _media_context(model: StormForConditionalGeneration, processor: StormProcess
         for part in (processor.image_processor, processor.video_processor)
     ]
     settings = [pictures, model.config.vision_feature_layer, bf16]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.vision_tower.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    return weights_hash(json.dumps(settings, sort_keys=True, default=str), model.vision_tower)
 
 
 def _text_context(dataset: TrainingDataset) -> str:
