@@ -74,7 +74,7 @@ def evaluate(
 def _benchmark(task: str, splits: str | None, max_videos: int | None) -> "Benchmark":
     """Finds a benchmark; of the world, its splits and videos can be chosen."""
     from storm_vlm.errors import StormError
-    from storm_vlm.evaluation import BENCHMARKS
+    from storm_vlm.evaluation import BENCHMARKS, read_world_questions
     from storm_vlm.evaluation.world import TEST_SPLITS
 
     if task not in BENCHMARKS:
@@ -86,4 +86,4 @@ def _benchmark(task: str, splits: str | None, max_videos: int | None) -> "Benchm
             raise StormError(f"{', '.join(names)}: only for --task {_WORLD}; {task} is scored as a whole")
         return benchmark
     chosen = splits.split(",") if splits else TEST_SPLITS
-    return replace(benchmark, read=partial(benchmark.read, splits=chosen, max_videos=max_videos))
+    return replace(benchmark, read=partial(read_world_questions, splits=chosen, max_videos=max_videos))

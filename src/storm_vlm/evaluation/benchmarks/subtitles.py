@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from storm_vlm.errors import DataError
 from storm_vlm.pipeline import Caption
@@ -101,7 +102,9 @@ def captions_between(subtitles: Sequence[Subtitle], timestamps_seconds: Sequence
     ]
 
 
-def _longvideobench_subtitle(record: dict, offset_seconds: float, duration_seconds: float) -> Subtitle:  # type: ignore[type-arg]  # as JSON gives it
+def _longvideobench_subtitle(
+    record: dict[str, Any], offset_seconds: float, duration_seconds: float
+) -> Subtitle:
     if "timestamp" in record:
         start, end = record["timestamp"]
         end = end if isinstance(end, float) else duration_seconds
