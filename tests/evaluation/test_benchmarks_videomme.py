@@ -78,7 +78,7 @@ def test_the_report_says_how_it_was_made(videomme, run_benchmark):
     run = run_benchmark("videomme", videomme, RESPONSES)
     assert "Overall, mean over questions: 25.0 (" in run.table
     assert "long/gone.mp4: " in run.table
-    assert "videomme/test-00000-of-00001.parquet (sha256 " in run.table
+    assert "Annotations: videomme/test-*.parquet (sha256 " in run.table
     assert "Prompt: README of Video-MME" in run.table
     assert "Scoring: First of A to D" in run.table
     assert run.report.to_dict()["about"]["benchmark"] == "videomme"
@@ -89,7 +89,7 @@ def test_subtitles_are_those_of_the_frames(videomme, run_benchmark):
     first = run.asked["no. 1?"]["prompt"]
     assert first.startswith(
         "This video's subtitles are listed below:\nat the start\nnear the end\n"
-        "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
+        "Select the best answer to the following multiple-choice question based on the video. "
     )
     third = run.asked["no. 3?"]["prompt"]
     assert third.startswith("This video's subtitles are listed below:\nNo subtitles available\nSelect ")

@@ -86,4 +86,8 @@ def _benchmark(task: str, splits: str | None, max_videos: int | None) -> "Benchm
             raise StormError(f"{', '.join(names)}: only for --task {_WORLD}; {task} is scored as a whole")
         return benchmark
     chosen = splits.split(",") if splits else TEST_SPLITS
-    return replace(benchmark, read=partial(read_world_questions, splits=chosen, max_videos=max_videos))
+    return replace(
+        benchmark,
+        annotations=tuple(f"{split}/annotations.json" for split in chosen),
+        read=partial(read_world_questions, splits=chosen, max_videos=max_videos),
+    )

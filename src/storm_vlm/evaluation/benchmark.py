@@ -56,22 +56,31 @@ class Benchmark:
         places = {clip: i for i, clip in enumerate(dict.fromkeys(question.clip for question in questions))}
         return sorted(questions, key=lambda question: places[question.clip])
 
-    def describe(self, folder: Path) -> dict[str, Any]:
+    def describe(self, folder: Path | None) -> dict[str, Any]:
         """Returns what a result depends on beside model and frames, as values that JSON knows.
 
         Args:
-            folder: Folder of the benchmark.
+            folder: Folder of the benchmark; None leaves the annotation files out.
 
         Returns:
-            Name, prompt, scoring, and the SHA-256 of each annotation file.
+            Name, prompt, scoring, and a SHA-256 for each pattern of annotation files.
         """
-        files = sorted({file for pattern in self.annotations for file in folder.glob(pattern)})
         return {
             "benchmark": self.name,
             "prompt": self.prompt,
             "scoring": self.scoring,
-            "annotations": {
-                file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-                for file in files
-            },
+            "annotations": {}
+            if folder is None
+            else {pattern: _hash_files(folder, pattern) for pattern in self.annotations},
         }
+
+
+def _hash_files(folder: Path, pattern: str) -> str:
+    """Returns the SHA-256 of the only file that fits, or of the names and hashes of several."""
+    files = sorted(folder.glob(pattern))
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    if len(files) == 1:
+        return hashes[0]
+    names = (file.relative_to(folder).as_posix() for file in files)
+    lines = (f"{digest}  {name}\n" for digest, name in zip(hashes, names, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

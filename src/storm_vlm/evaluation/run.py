@@ -69,18 +69,16 @@ def evaluate(
         model_name: Name of the model, for the report.
         benchmark: Whose questions they are and how they are scored; if None, an answer is the option that it names and
             every question weighs the same.
-        data: Folder of the benchmark.
+        data: Folder of the benchmark, for the hashes of its annotation files.
         settings: How the videos are seen; the model's defaults if None.
         report_progress: Is told what is going on, how many questions are answered, and of how many.
 
     Returns:
-        The scores. A video that is missing or cannot be read makes its questions wrong, and is named.
-
-    Raises:
-        DataError: The folder holds the answers of other settings or questions.
+        The scores. A video that is missing or cannot be read makes its questions wrong, and is named. A folder with
+        answers of other settings or questions is a DataError.
     """
     settings = settings or EvaluationSettings()
-    about = benchmark.describe(data) if benchmark is not None and data is not None else {}
+    about = {} if benchmark is None else benchmark.describe(data)
     parse = parse_letter if benchmark is None else benchmark.parse
     known = _claim(out, {"model": model_name, **about, **asdict(settings), **video_qa.describe()}, questions)
     with (out / ANSWERS_FILE).open("a", encoding="utf-8") as file:

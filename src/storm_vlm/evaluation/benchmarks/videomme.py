@@ -12,7 +12,7 @@ from storm_vlm.evaluation.question import MultipleChoiceQuestion, Timestamps
 
 _ANNOTATIONS = "videomme/test-*.parquet"
 _INSTRUCTION = (
-    "Select the best answer to the following multiple-choice question based on the {sources}. "
+    "Select the best answer to the following multiple-choice question based on the video. "
     "Respond with only the letter (A, B, C, or D) of the correct option."
 )
 _SCORING = "First of A to D in the answer (lmms-eval, tasks/videomme/utils.py); share of right questions."
@@ -62,13 +62,12 @@ def _question(row: AnnotationRow, folder: Path, with_subtitles: bool) -> Multipl
     if with_subtitles:
         file = folder / "subtitle" / f"{video}.srt"
         preamble = partial(subtitles_preamble, read_srt(file) if file.is_file() else ())
-    instruction = _INSTRUCTION.format(sources="video and the subtitles" if with_subtitles else "video")
     return MultipleChoiceQuestion(
         identity=row.text("question_id"),
         video=folder / "data" / f"{video}.mp4",
         split=row.text("duration"),
         task=row.text("task_type"),
-        prompt="\n".join([instruction, row.text("question"), *options, "The best answer is:"]),
+        prompt="\n".join([_INSTRUCTION, row.text("question"), *options, "The best answer is:"]),
         options=options,
         answer=row.letter("answer", options),
         preamble=preamble,
