@@ -10,7 +10,7 @@ from tests.evaluation.conftest import percent, write_json
 
 SUBTITLES = [
     {"start": "00:00:10.000", "end": "00:00:11.000", "line": "first words"},
-    {"start": "00:00:12.100", "end": "00:00:12.200", "line": "short, made longer"},
+    {"start": "00:00:12.300", "end": "00:00:12.400", "line": "short, made longer"},
     {"start": "00:01:00.000", "end": "00:01:02.000", "line": "after the video"},
 ]
 
@@ -60,9 +60,18 @@ def test_longvideobench(longvideobench, run_benchmark):
 def test_subtitles_stand_between_the_frames_they_cover(longvideobench, run_benchmark):
     run = run_benchmark("longvideobench-subtitles", longvideobench, RESPONSES, num_frames=8)
     asked = run.asked["no. 1?"]
-    # Frames each 0.625 s; the second subtitle lasts from 2.1 s to 2.2 s and is made a second long around 2.15 s.
-    assert asked["captions"] == [(0.5, "first words"), (pytest.approx(2.15), "short, made longer")]
+    # Frames each 0.625 s; the second subtitle lasts from 2.3 s to 2.4 s and is made a second long around 2.35 s.
+    assert asked["captions"] == [(0.5, "first words"), (pytest.approx(2.35), "short, made longer")]
     assert asked["prompt"].startswith("Question: What is no. 1?")
+
+
+def test_questions_about_a_video_follow_each_other_and_have_ids_of_their_own(longvideobench):
+    videos = ["v.mp4", "w.mp4", "v.mp4"]
+    write_json(longvideobench / "lvb_val.json", [record(i, 15, video) for i, video in enumerate(videos)])
+    assert [q.identity for q in BENCHMARKS["longvideobench"].questions(longvideobench)] == ["q0", "q2", "q1"]
+    write_json(longvideobench / "lvb_val.json", [record(1, 15, "v.mp4")] * 2)
+    with pytest.raises(DataError, match="two questions with the id q1"):
+        BENCHMARKS["longvideobench"].questions(longvideobench)
 
 
 def test_a_broken_record_or_subtitle_file_is_named(longvideobench):
