@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 
 from storm_vlm.errors import DataError
-from storm_vlm.evaluation import EvaluationSettings, MultipleChoiceQuestion, evaluate, summarise
+from storm_vlm.evaluation import (
+    Benchmark,
+    EvaluationSettings,
+    MultipleChoiceQuestion,
+    evaluate,
+    summarise,
+)
 from storm_vlm.pipeline import VideoQA
 from tests.pipeline.conftest import clip, model_folder, video_qa  # noqa: F401 (fixtures)
 
@@ -128,3 +134,27 @@ def test_intervals_resample_videos_and_not_questions():
     assert (alone.low, alone.high) == pytest.approx((0.451, 0.549), abs=0.006)
     together = interval([(i // 10, i // 10 % 2 == 0) for i in range(400)])
     assert together.high - together.low == pytest.approx(10**0.5 * (alone.high - alone.low), rel=0.1)
+
+
+def test_a_mean_over_tasks_weighs_each_task_the_same():
+    answers = [
+        {"split": "s", "task": task, "video": i, "is_right": right, "chosen": "A", "error": None}
+        for i, (task, right) in enumerate([("few", i % 2 == 0) for i in range(40)] + [("many", True)] * 400)
+    ]
+    score = summarise(answers, "m", mean_over="tasks").overall
+    assert (score.num_questions, score.value) == (440, 0.75)
+    # Half the interval of 40 fair coins: 1.96 x sqrt(0.25 / 40) / 2 = 0.077.
+    assert (score.low, score.high) == pytest.approx((0.673, 0.827), abs=0.015)
+    assert summarise(answers, "m").overall.value == pytest.approx(420 / 440)
+
+
+def test_files_of_other_annotations_are_another_evaluation(video_qa, questions, says, tmp_path):  # noqa: F811
+    says("A")
+    (tmp_path / "q.json").write_text("1")
+    benchmark = Benchmark("b", ("q.json",), lambda folder: questions, "as asked", "as scored")
+    options = {"model_name": "tiny", "benchmark": benchmark, "data": tmp_path}
+    report = evaluate(video_qa, questions, tmp_path / "out", **options)
+    assert list(report.about["annotations"]) == ["q.json"]
+    (tmp_path / "q.json").write_text("2")
+    with pytest.raises(DataError, match="another annotations"):
+        evaluate(video_qa, questions, tmp_path / "out", **options)

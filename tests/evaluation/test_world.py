@@ -70,3 +70,9 @@ def test_the_command_writes_a_table_and_goes_on(world, model_folder, storm_here,
     wrong = storm_here("eval", "--data", world, "--out", tmp_path / "x", "--task", "chess")
     assert wrong.returncode == 2
     assert "'chess' is unknown" in wrong.stderr
+
+
+def test_splits_belong_to_the_world_alone(world, storm_here, tmp_path):  # noqa: F811
+    wrong = storm_here("eval", "--data", world, "--out", tmp_path / "x", "--task", "mlvu", "--splits", "dev")
+    assert wrong.returncode == 2
+    assert "--splits: only for --task world" in wrong.stderr

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from storm_vlm.errors import BudgetError, StormError
-from storm_vlm.pipeline.prompt import answer_message
+from storm_vlm.pipeline.prompt import answer_message, prompt_token_ids, text_message
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,29 @@ def test_answer_that_spells_a_placeholder_joins_the_history_without_it(video_qa,
     chat.messages[-1] = answer_message(video_qa.processor, "a <video> and an <image>")
     assert chat.messages[-1]["content"][0]["text"] == "a  and an "
     assert chat.ask("Why?", max_new_tokens=2).text() is not None
+
+
+def written(video_qa, video, **options):
+    message = text_message(video_qa.processor, "user", "Which?", with_video=True)
+    token_ids = prompt_token_ids(video_qa.processor, [message], video, **options)
+    return re.sub(r"(<video>)+", "V", video_qa.processor.tokenizer.decode(token_ids))
+
+
+def test_captions_stand_after_the_frames_that_begin_before_them(video_qa, clip):
+    video = video_qa.encode(
+        clip, num_frames=4, temporal_pool=2
+    )  # frames at 0.6, 1.8, 3.1, 4.3 s in two groups
+    plain = written(video_qa, video)
+    captions = [(0.1, "early"), (2.0, "one"), (2.5, "two <video>"), (3.2, "late")]
+    assert written(video_qa, video, captions=[]) == plain
+    text = written(video_qa, video, captions=captions)
+    assert re.sub(r"\[[\d.]+s\]", "", text).count("V\nearly\none\ntwo \nV\nlate\n") == 1
+    assert text.startswith(plain[: plain.index("V")])
+    assert video_qa.ask(video, "Which?", captions=captions, max_new_tokens=2).text() is not None
+
+
+def test_an_answer_goes_on_from_its_start(video_qa, clip):
+    video = video_qa.encode(clip, num_frames=4)
+    assert (
+        written(video_qa, video, answer_start="Best option:(") == written(video_qa, video) + "Best option:("
+    )

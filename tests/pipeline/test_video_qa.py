@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from storm_vlm.errors import BudgetError, ModelError, StormError, VideoError
 from storm_vlm.model import TokenCompression
@@ -11,7 +12,7 @@ from storm_vlm.pipeline import VideoQA, VideoTokens
 from storm_vlm.pipeline.memory import estimate_memory
 from tests.numerics import assert_matches
 from tests.pipeline.conftest import make_parts
-from tests.video.clips import write_clip
+from tests.video.clips import draw_frame, write_clip
 
 
 def direct_inputs(video_qa, clip, question, **options):
@@ -331,3 +332,13 @@ def test_bfloat16_runs(model_folder, clip):
     video_qa = VideoQA.from_pretrained(model_folder, dtype="bfloat16", use_cache=False)
     assert video_qa.encode(clip).tokens.dtype == torch.bfloat16
     assert video_qa.ask(clip, "What?", max_new_tokens=4).text() is not None
+
+
+def test_the_rate_of_a_folder_is_a_part_of_what_is_known(video_qa, tmp_path):
+    for number in range(6):
+        Image.fromarray(draw_frame(number)).save(tmp_path / f"{number}.png")
+    slow = video_qa.encode(tmp_path, num_frames=2, end_seconds=2)
+    fast = video_qa.encode(tmp_path, num_frames=2, end_seconds=2, folder_fps=3)
+    assert slow.timestamps_seconds == (0, 1)
+    assert fast.timestamps_seconds == pytest.approx((1 / 3, 4 / 3))
+    assert not fast.is_from_cache

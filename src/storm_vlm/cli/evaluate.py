@@ -1,25 +1,34 @@
 """`storm eval`: asks a model the questions of a benchmark and tells how many answers are right."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from storm_vlm.cli import options as opt
 
-_TASKS = ("world",)
+if TYPE_CHECKING:
+    from storm_vlm.evaluation import Benchmark
+
+_WORLD = "world"
 
 
 def evaluate(
     data: Annotated[Path, typer.Option("--data", help="Folder of the benchmark.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder; a cut run goes on where it was.")],
-    task: Annotated[str, typer.Option("--task", help=f"Benchmark: {', '.join(_TASKS)}.")] = "world",
+    task: Annotated[
+        str, typer.Option("--task", help="Benchmark: world, videomme, mlvu, ...; see docs/evaluate.md.")
+    ] = _WORLD,
     model: opt.ModelOption = None,
     splits: Annotated[
-        str | None, typer.Option("--splits", help="Splits, separated by commas [all for testing].")
+        str | None,
+        typer.Option("--splits", help="Of the world: splits, separated by commas [all for testing]."),
     ] = None,
     max_videos: Annotated[
-        int | None, typer.Option("--max-videos", min=1, help="Only so many first videos of each split.")
+        int | None,
+        typer.Option("--max-videos", min=1, help="Of the world: only so many first videos of each split."),
     ] = None,
     frames: opt.FramesOption = None,
     temporal_pool: opt.TemporalPoolOption = None,
@@ -33,15 +42,11 @@ def evaluate(
     """Ask a model a benchmark's questions; answers, scores and settings are written to a folder."""
     from storm_vlm.cli.session import load_video_qa, warn_if_untrained
     from storm_vlm.cli.terminal import output_console, progress_bars
-    from storm_vlm.errors import StormError
-    from storm_vlm.evaluation import EvaluationSettings, read_world_questions
+    from storm_vlm.evaluation import EvaluationSettings
     from storm_vlm.evaluation import evaluate as run_evaluation
-    from storm_vlm.evaluation.world import TEST_SPLITS
 
-    if task not in _TASKS:
-        raise StormError(f"--task: {task!r} is unknown; there are {', '.join(_TASKS)}")
-    chosen = splits.split(",") if splits else TEST_SPLITS
-    questions = read_world_questions(data, chosen, max_videos=max_videos)
+    benchmark = _benchmark(task, splits, max_videos)
+    questions = benchmark.questions(data)
     video_qa = load_video_qa(model, device=device, dtype=dtype, max_memory_gib=None, cache=False)
     warn_if_untrained(video_qa)
     settings = EvaluationSettings(
@@ -58,7 +63,31 @@ def evaluate(
             questions,
             out,
             model_name=model or "storm-smol",
+            benchmark=benchmark,
+            data=data,
             settings=settings,
             report_progress=progress,
         )
     output_console.print(report.to_markdown(), end="", markup=False, highlight=False)
+
+
+def _benchmark(task: str, splits: str | None, max_videos: int | None) -> "Benchmark":
+    """Finds a benchmark; of the world, its splits and videos can be chosen."""
+    from storm_vlm.errors import StormError
+    from storm_vlm.evaluation import BENCHMARKS, read_world_questions
+    from storm_vlm.evaluation.world import TEST_SPLITS
+
+    if task not in BENCHMARKS:
+        raise StormError(f"--task: {task!r} is unknown; there are {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[task]
+    if task != _WORLD:
+        given = {"--splits": splits, "--max-videos": max_videos}
+        if names := [name for name, value in given.items() if value is not None]:
+            raise StormError(f"{', '.join(names)}: only for --task {_WORLD}; {task} is scored as a whole")
+        return benchmark
+    chosen = splits.split(",") if splits else TEST_SPLITS
+    return replace(
+        benchmark,
+        annotations=tuple(f"{split}/annotations.json" for split in chosen),
+        read=partial(read_world_questions, splits=chosen, max_videos=max_videos),
+    )

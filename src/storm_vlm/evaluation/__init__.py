@@ -1,5 +1,7 @@
 """Measures how well a model answers: questions of a benchmark, answers on disk, scores with intervals."""
 
+from storm_vlm.evaluation.benchmark import Benchmark
+from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.letters import parse_letter
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
 from storm_vlm.evaluation.report import Accuracy, EvaluationReport, summarise
@@ -7,7 +9,9 @@ from storm_vlm.evaluation.run import EvaluationSettings, evaluate
 from storm_vlm.evaluation.world import read_world_questions
 
 __all__ = [
+    "BENCHMARKS",
     "Accuracy",
+    "Benchmark",
     "EvaluationReport",
     "EvaluationSettings",
     "MultipleChoiceQuestion",

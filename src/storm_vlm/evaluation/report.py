@@ -1,19 +1,21 @@
-"""Scores of an evaluation: accuracy by split and task, with bootstrap intervals over videos."""
+"""Scores of an evaluation: overall, by split and by task, with bootstrap intervals over videos."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
 _NUM_RESAMPLES = 2000
 _ALL = "all"
+_MOST_ERRORS_SHOWN = 20
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Share of right answers.
+    """Share of right answers, or a mean of such shares.
 
     Attributes:
         num_questions: Questions asked.
@@ -37,55 +39,92 @@ class EvaluationReport:
 
     Attributes:
         model_name: Name of the model.
-        accuracies: Accuracy by split and task; ``all`` is every task of a split.
+        overall: The benchmark's own overall score.
+        mean_over: What the overall score is the mean of.
+        accuracies: Accuracy by split and task; ``all`` is every task of a split, and every split if there are several.
         num_unparseable: Answers that name no option; they are wrong.
         errors: What was wrong with a video, by split and file name; its questions are wrong.
+        about: The benchmark's annotation files, prompt and scoring.
     """
 
     model_name: str
+    overall: Accuracy
+    mean_over: Literal["questions", "tasks"]
     accuracies: dict[str, dict[str, Accuracy]]
     num_unparseable: int
     errors: dict[str, str]
+    about: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as values that JSON knows."""
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Returns a table with one row for each task and one column for each split."""
+        """Returns the overall score and a table with one row for each task and one column for each split."""
         splits = list(self.accuracies)
-        tasks = list(dict.fromkeys(task for scores in self.accuracies.values() for task in scores))
-        lines = [f"| {self.model_name} | {' | '.join(splits)} |", "|---|" + "---|" * len(splits)]
-        for task in tasks:
+        tasks = dict.fromkeys(task for scores in self.accuracies.values() for task in scores if task != _ALL)
+        lines = [f"Overall, mean over {self.mean_over}: {self.overall}", ""]
+        lines += [f"| {self.model_name} | {' | '.join(splits)} |", "|---|" + "---|" * len(splits)]
+        for task in (*tasks, _ALL):
             cells = (str(self.accuracies[split].get(task, "")) for split in splits)
             lines.append(f"| {task} | {' | '.join(cells)} |")
-        lines.append("")
-        lines.append("Accuracy in %, with 95% bootstrap intervals over videos.")
-        lines.append(
+        lines += ["", "Accuracy in %, with 95% bootstrap intervals over videos."]
+        lines += [
             f"Answers that name no option: {self.num_unparseable}. Videos not read: {len(self.errors)}."
-        )
-        return "\n".join(lines) + "\n"
+        ]
+        return "\n".join([*lines, *self._error_lines(), *self._about_lines()]) + "\n"
+
+    def _error_lines(self) -> list[str]:
+        shown = list(self.errors.items())[:_MOST_ERRORS_SHOWN]
+        lines = [f"- {video}: {error}" for video, error in shown]
+        if len(self.errors) > len(shown):
+            lines.append(f"- and {len(self.errors) - len(shown)} more, named in report.json")
+        return ["", *lines] if lines else []
+
+    def _about_lines(self) -> list[str]:
+        if not self.about:
+            return []
+        files = (f"{name} (sha256 {digest[:12]})" for name, digest in self.about["annotations"].items())
+        return [
+            "",
+            f"Benchmark: {self.about['benchmark']}. Annotations: {', '.join(files)}.",
+            f"Prompt: {self.about['prompt']}",
+            f"Scoring: {self.about['scoring']}",
+        ]
 
 
-def summarise(answers: Sequence[dict[str, Any]], model_name: str) -> EvaluationReport:
+def summarise(
+    answers: Sequence[Answer],
+    model_name: str,
+    *,
+    mean_over: Literal["questions", "tasks"] = "questions",
+    about: dict[str, Any] | None = None,
+) -> EvaluationReport:
     """Scores answers.
 
     Args:
         answers: Lines of ``answers.jsonl``.
         model_name: Name of the model.
+        mean_over: Whether the overall score is the share of right questions or the mean of the tasks' accuracies.
+        about: The benchmark's annotation files, prompt and scoring.
 
     Returns:
         The scores.
     """
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for answer in answers:
-        for task in (answer["task"], _ALL):
-            groups[answer["split"]][task].append(answer)
+    questions = _join_tries(answers)
+    groups: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
+    num_splits = len({answer["split"] for answer in questions})
+    for answer in questions:
+        for split in (answer["split"], _ALL) if num_splits > 1 else (answer["split"],):
+            for task in {answer["task"], *answer.get("groups", ()), _ALL}:
+                groups[split][task].append(answer)
     return EvaluationReport(
         model_name=model_name,
+        overall=_accuracy(questions, mean_over),
+        mean_over=mean_over,
         accuracies={
             split: {task: _accuracy(tasks[task]) for task in [*sorted(tasks.keys() - {_ALL}), _ALL]}
-            for split, tasks in groups.items()
+            for split, tasks in sorted(groups.items(), key=lambda item: item[0] == _ALL)
         },
         num_unparseable=sum(answer["chosen"] is None and answer["error"] is None for answer in answers),
         errors={
@@ -93,16 +132,42 @@ def summarise(answers: Sequence[dict[str, Any]], model_name: str) -> EvaluationR
             for answer in answers
             if answer["error"] is not None
         },
+        about=about or {},
     )
 
 
-def _accuracy(answers: Iterable[dict[str, Any]]) -> Accuracy:
-    """Resamples videos, not questions: those about one video are right or wrong together."""
-    by_video: dict[str, list[bool]] = defaultdict(list)
+def _join_tries(answers: Iterable[Answer]) -> list[Answer]:
+    """Makes one answer of the tries of a question, right if all of them are."""
+    questions: dict[str, Answer] = {}
+    alone = []
     for answer in answers:
-        by_video[answer["video"]].append(answer["is_right"])
-    right = np.array([sum(results) for results in by_video.values()])
-    asked = np.array([len(results) for results in by_video.values()])
-    drawn = np.random.default_rng(0).integers(len(right), size=(_NUM_RESAMPLES, len(right)))
-    low, high = np.percentile(right[drawn].sum(1) / asked[drawn].sum(1), [2.5, 97.5])
-    return Accuracy(int(asked.sum()), float(right.sum() / asked.sum()), float(low), float(high))
+        circle = answer.get("circle")
+        if circle is None:
+            alone.append(answer)
+        else:
+            before = questions.get(circle, answer)
+            questions[circle] = {**answer, "is_right": before["is_right"] and answer["is_right"]}
+    return alone + list(questions.values())
+
+
+def _accuracy(answers: Iterable[Answer], mean_over: Literal["questions", "tasks"] = "questions") -> Accuracy:
+    """Resamples videos, not questions: those about one video are right or wrong together.
+
+    Shapes: ``v`` videos, ``k`` tasks (one if all questions weigh the same), ``r`` resamples.
+    """
+    counts: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for answer in answers:
+        counts[answer["video"], answer["task"] if mean_over == "tasks" else _ALL].append(answer["is_right"])
+    videos = {video: i for i, video in enumerate(dict.fromkeys(video for video, _ in counts))}
+    tasks = {task: i for i, task in enumerate(dict.fromkeys(task for _, task in counts))}
+    right, asked = np.zeros((2, len(videos), len(tasks)))  # (v, k)
+    for (video, task), results in counts.items():
+        right[videos[video], tasks[task]] = sum(results)
+        asked[videos[video], tasks[task]] = len(results)
+    drawn = np.random.default_rng(0).integers(len(videos), size=(_NUM_RESAMPLES, len(videos)))  # (r, v)
+    weights = np.stack([np.bincount(row, minlength=len(videos)) for row in drawn])  # (r, v)
+    with np.errstate(invalid="ignore"):
+        shares = (weights @ right) / (weights @ asked)  # (r, k)
+    low, high = np.percentile(np.nanmean(shares, axis=1), [2.5, 97.5])
+    value = (right.sum(0) / asked.sum(0)).mean()
+    return Accuracy(int(asked.sum()), float(value), float(low), float(high))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.errors import DataError, StormError
+from storm_vlm.evaluation.benchmark import Benchmark
 from storm_vlm.evaluation.letters import parse_letter
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
 from storm_vlm.evaluation.report import EvaluationReport, summarise
@@ -54,6 +55,8 @@ def evaluate(
     out: Path,
     *,
     model_name: str,
+    benchmark: Benchmark | None = None,
+    data: Path | None = None,
     settings: EvaluationSettings | None = None,
     report_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> EvaluationReport:
@@ -64,6 +67,9 @@ def evaluate(
         questions: The questions; those about one video should follow each other, which is then encoded once.
         out: Folder for ``answers.jsonl`` (one line an answer), ``settings.json``, ``report.json`` and ``report.md``.
         model_name: Name of the model, for the report.
+        benchmark: Whose questions they are and how they are scored; if None, an answer is the option that it names and
+            every question weighs the same.
+        data: Folder of the benchmark, for the hashes of its annotation files.
         settings: How the videos are seen; the model's defaults if None.
         report_progress: Is told what is going on, how many questions are answered, and of how many.
 
@@ -72,37 +78,47 @@ def evaluate(
         answers of other settings or questions is a DataError.
     """
     settings = settings or EvaluationSettings()
-    known = _claim(out, {"model": model_name, **asdict(settings), **video_qa.describe()}, questions)
+    about = {} if benchmark is None else benchmark.describe(data)
+    parse = parse_letter if benchmark is None else benchmark.parse
+    known = _claim(out, {"model": model_name, **about, **asdict(settings), **video_qa.describe()}, questions)
     with (out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
-        for answer in _answers(video_qa, [q for q in questions if q.identity not in known], settings):
+        for answer in _answers(video_qa, [q for q in questions if q.identity not in known], settings, parse):
             file.write(json.dumps(answer) + "\n")
             file.flush()
             known[answer["id"]] = answer
             report_progress("questions", len(known), len(questions))
-    report = summarise([known[question.identity] for question in questions], model_name)
+    report = summarise(
+        [known[question.identity] for question in questions],
+        model_name,
+        mean_over="questions" if benchmark is None else benchmark.mean_over,
+        about=about,
+    )
     _write(out / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
     _write(out / MARKDOWN_FILE, report.to_markdown())
     return report
 
 
 def _answers(
-    video_qa: VideoQA, questions: Sequence[MultipleChoiceQuestion], settings: EvaluationSettings
+    video_qa: VideoQA,
+    questions: Sequence[MultipleChoiceQuestion],
+    settings: EvaluationSettings,
+    parse: Callable[[str, Sequence[str]], str | None],
 ) -> Iterator[dict[str, Any]]:
-    for video, about in groupby(questions, key=lambda question: question.video):
+    for _, about in groupby(questions, key=lambda question: question.clip):
+        group = list(about)
         tokens, error = None, None
         if not settings.text_only:
-            tokens, error = _encode(video_qa, video, settings)
-        for question in about:
-            response = ""
-            if error is None:
-                stream = video_qa.ask(tokens, question.prompt, max_new_tokens=settings.max_new_tokens)
-                response = stream.text()
-            chosen = parse_letter(response, question.options)
+            tokens, error = _encode(video_qa, group[0], settings)
+        for question in group:
+            response = _ask(video_qa, tokens, question, settings) if error is None else ""
+            chosen = parse(response, question.options)
             yield {
                 "id": question.identity,
                 "video": question.video.name,
                 "split": question.split,
                 "task": question.task,
+                "groups": list(question.groups),
+                "circle": question.circle,
                 "answer": question.answer,
                 "response": response,
                 "chosen": chosen,
@@ -112,12 +128,36 @@ def _answers(
 
 
 def _encode(
-    video_qa: VideoQA, video: Path, settings: EvaluationSettings
+    video_qa: VideoQA, question: MultipleChoiceQuestion, settings: EvaluationSettings
 ) -> tuple[VideoTokens | None, str | None]:
     try:
-        return video_qa.encode(video, **settings.encode_options()), None  # type: ignore[arg-type]  # all are numbers
+        return video_qa.encode(
+            question.video,
+            start_seconds=question.start_seconds,
+            end_seconds=question.end_seconds,
+            folder_fps=question.folder_fps,
+            **settings.encode_options(),  # type: ignore[arg-type]  # all are numbers
+        ), None
     except StormError as error:
         return None, str(error)
+
+
+def _ask(
+    video_qa: VideoQA,
+    tokens: VideoTokens | None,
+    question: MultipleChoiceQuestion,
+    settings: EvaluationSettings,
+) -> str:
+    times = () if tokens is None else tokens.timestamps_seconds
+    preamble = "" if question.preamble is None else question.preamble(times)
+    return video_qa.ask(
+        tokens,
+        preamble + question.prompt,
+        system=question.system,
+        captions=() if question.captions is None else question.captions(times),
+        answer_start=question.answer_start,
+        max_new_tokens=settings.max_new_tokens,
+    ).text()
 
 
 def _claim(

@@ -6,6 +6,7 @@ from pathlib import Path
 from storm_vlm.data.world import SPLITS
 from storm_vlm.data.world.dataset import read_annotations
 from storm_vlm.errors import DataError
+from storm_vlm.evaluation.benchmark import Benchmark
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
 
 TEST_SPLITS = tuple(split for split in SPLITS if split != "train")
@@ -52,3 +53,12 @@ def read_world_questions(
             if record["video"] in kept
         ]
     return questions
+
+
+WORLD = Benchmark(
+    name="world",
+    annotations=("*/annotations.json",),
+    read=read_world_questions,
+    prompt="As `storm world generate` wrote it.",
+    scoring="The option that the answer names, by letter or text; share of right questions.",
+)

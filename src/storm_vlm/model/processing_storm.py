@@ -197,6 +197,15 @@ class StormProcessor(ProcessorMixin):
         Returns:
             Text with one placeholder for each visual token.
         """
+        return "".join(self.frame_group_texts(patch_grid, compression, timestamps_seconds))
+
+    def frame_group_texts(
+        self,
+        patch_grid: tuple[int, int, int],
+        compression: TokenCompression,
+        timestamps_seconds: tuple[float, ...] | None,
+    ) -> list[str]:
+        """Writes each frame group of a video as text, with its separator; see `video_text`."""
         num_groups, rows, columns = visual_grid(patch_grid, self.video_processor.downsample, compression)
         group = self.video_token * (rows * columns)
         separator = self.frame_separator
@@ -206,8 +215,8 @@ class StormProcessor(ProcessorMixin):
         if separator == "timestamp" and timestamps_seconds is not None:
             # A group bears the time of its first frame.
             starts = timestamps_seconds[:: compression.frames_per_group]
-            return "".join(f"[{start:.1f}s]{group}" for start in starts)
-        return (group + "\n") * num_groups if separator == "newline" else group * num_groups
+            return [f"[{start:.1f}s]{group}" for start in starts]
+        return [group + "\n" if separator == "newline" else group] * num_groups
 
     def _get_num_multimodal_tokens(
         self,

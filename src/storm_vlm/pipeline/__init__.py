@@ -3,12 +3,14 @@
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream
 from storm_vlm.pipeline.encoding import Progress
 from storm_vlm.pipeline.memory import MemoryEstimate, estimate_memory
+from storm_vlm.pipeline.prompt import Caption
 from storm_vlm.pipeline.video_qa import Chat, VideoQA
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens
 
 __all__ = [
     "AnswerReport",
     "AnswerStream",
+    "Caption",
     "Chat",
     "MemoryEstimate",
     "Progress",

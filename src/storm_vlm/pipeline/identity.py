@@ -101,6 +101,8 @@ def cache_key(
         return None
     facts = [
         provenance.content_sha256,
+        # The same pictures of a folder last longer or shorter, as their rate is given.
+        provenance.duration_seconds,
         provenance.model_fingerprint,
         provenance.dtype,
         provenance.version,

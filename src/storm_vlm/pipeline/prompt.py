@@ -1,6 +1,8 @@
 """A conversation about a video to the language model's tokens, and whether they fit its context."""
 
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 from storm_vlm.errors import BudgetError, StormError
@@ -10,6 +12,7 @@ from storm_vlm.pipeline.video_tokens import VideoTokens
 logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
+Caption = tuple[float, str]
 
 
 def text_message(processor: StormProcessor, role: str, text: str, *, with_video: bool = False) -> Message:
@@ -39,19 +42,34 @@ def text_message(processor: StormProcessor, role: str, text: str, *, with_video:
 
 def answer_message(processor: StormProcessor, text: str) -> Message:
     """Returns the message of an answer; placeholders that a model wrote stand for nothing and are left out."""
-    for token in (processor.image_token, processor.video_token):
-        text = text.replace(token, "")
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    content = [{"type": "text", "text": _without_placeholders(processor, text)}]
+    return {"role": "assistant", "content": content}
 
 
 def prompt_token_ids(
-    processor: StormProcessor, messages: list[Message], video: VideoTokens | None
+    processor: StormProcessor,
+    messages: list[Message],
+    video: VideoTokens | None,
+    *,
+    captions: Sequence[Caption] = (),
+    answer_start: str = "",
 ) -> list[int]:
-    """Returns the tokens of a conversation, with one placeholder for each visual token."""
+    """Returns the tokens of a conversation, with one placeholder for each visual token.
+
+    Args:
+        processor: The model's processor.
+        messages: The conversation; the answer to its last message comes next.
+        video: The video that it is about.
+        captions: Seconds and texts to write between the frames, in order; placeholders in them are left out.
+        answer_start: How the answer begins.
+
+    Returns:
+        The tokens.
+    """
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt += answer_start
     if video is not None:
-        text = processor.video_text(video.patch_grid, video.compression, video.timestamps_seconds)
-        prompt = prompt.replace(processor.video_token, text, 1)
+        prompt = prompt.replace(processor.video_token, _video_text(processor, video, captions), 1)
     tokenizer = processor.tokenizer
     has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
     return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
@@ -99,6 +117,22 @@ def check_context(
         f"{problem}: with an answer of {max_new_tokens}, token_budget={fitting * video.num_visual_tokens // num_groups} "
         f"would fit, or {fitting * video.compression.frames_per_group} frames with this compression"
     )
+
+
+def _video_text(processor: StormProcessor, video: VideoTokens, captions: Sequence[Caption]) -> str:
+    """Writes each caption on a line of its own after the last frame group that begins no later than it."""
+    texts = processor.frame_group_texts(video.patch_grid, video.compression, video.timestamps_seconds)
+    starts = video.timestamps_seconds[:: video.compression.frames_per_group]
+    for seconds, caption in captions:
+        group = max(0, bisect_right(starts, seconds) - 1)
+        texts[group] = f"{texts[group].rstrip()}\n{_without_placeholders(processor, caption)}\n"
+    return "".join(texts)
+
+
+def _without_placeholders(processor: StormProcessor, text: str) -> str:
+    for token in (processor.image_token, processor.video_token):
+        text = text.replace(token, "")
+    return text
 
 
 def _prompt_parts(token_ids: list[int], video: VideoTokens, video_token_id: int) -> tuple[int, int, int]:

@@ -23,7 +23,14 @@ from storm_vlm.pipeline.identity import ContentHashes, EncoderFingerprint, cache
 from storm_vlm.pipeline.loading import load_model
 from storm_vlm.pipeline.memory import available_bytes, check_memory, check_prompt_memory
 from storm_vlm.pipeline.prefix_cache import PrefixCache
-from storm_vlm.pipeline.prompt import Message, answer_message, check_context, prompt_token_ids, text_message
+from storm_vlm.pipeline.prompt import (
+    Caption,
+    Message,
+    answer_message,
+    check_context,
+    prompt_token_ids,
+    text_message,
+)
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens, VideoTokensCache
 from storm_vlm.storage import cache_directory
 from storm_vlm.video import VideoReader, open_video
@@ -142,6 +149,7 @@ class VideoQA:
         temporal_sample: int | None = None,
         start_seconds: float | None = None,
         end_seconds: float | None = None,
+        folder_fps: float = 1.0,
         allow_urls: bool = False,
         progress: Progress | None = None,
     ) -> VideoTokens:
@@ -157,6 +165,7 @@ class VideoQA:
             temporal_sample: See `TokenCompression`; the model's default if None.
             start_seconds: Where to begin.
             end_seconds: Where to end.
+            folder_fps: Pictures per second of a folder.
             allow_urls: Whether ``video`` may be on the network.
             progress: Called with the part, what is done and what there is to do.
 
@@ -171,7 +180,11 @@ class VideoQA:
         # A spatial_pool that does not fit is an error before any work.
         visual_grid((1, *self._patch_grid_hw), self.model.config.projector_config.downsample, compression)
         with open_video(
-            video, allow_urls=allow_urls, start_seconds=start_seconds, end_seconds=end_seconds
+            video,
+            allow_urls=allow_urls,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+            folder_fps=folder_fps,
         ) as reader:
             targets, plan = processor.plan_video(
                 reader, num_frames=num_frames, fps=fps, token_budget=token_budget, compression=compression
@@ -199,6 +212,8 @@ class VideoQA:
         question: str,
         *,
         system: str | None = None,
+        captions: Sequence[Caption] = (),
+        answer_start: str = "",
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -211,6 +226,8 @@ class VideoQA:
             video: An encoded video, something to encode, or None for a question about no video.
             question: The question.
             system: A system message.
+            captions: Seconds and texts, such as subtitles, to write between the frames, in order.
+            answer_start: How the answer begins; the model goes on from there, and it is not part of what is returned.
             max_new_tokens: Longest answer.
             temperature: 0 for the likeliest answer.
             top_p: Sample among the likeliest tokens that make up this probability.
@@ -236,6 +253,8 @@ class VideoQA:
         return self._answer(
             messages,
             video,
+            captions=captions,
+            answer_start=answer_start,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -305,13 +324,17 @@ class VideoQA:
         temperature: float,
         top_p: float,
         stop: Sequence[str],
+        captions: Sequence[Caption] = (),
+        answer_start: str = "",
         is_encoded_now: bool = False,
     ) -> AnswerStream:
         """Returns the answer to the last message."""
         started = time.perf_counter()
         sampling = _sampling(max_new_tokens, temperature, top_p)
         self._check_width(video)
-        token_ids = prompt_token_ids(self.processor, messages, video)
+        token_ids = prompt_token_ids(
+            self.processor, messages, video, captions=captions, answer_start=answer_start
+        )
         num_new_tokens = check_context(
             token_ids, video, self.context_length, max_new_tokens, self.processor.video_token_id
         )
