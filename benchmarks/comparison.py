@@ -263,7 +263,7 @@ def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> di
         batch.pop("bad_samples")
         start = time.perf_counter()
         right += answered(model, batch)
-        seconds.append((time.perf_counter() - start) / len(batch["labels"]))
+        seconds.append((time.perf_counter() - start) / len(batch["input_ids"]))
     records = json.loads(annotations.read_text(encoding="utf-8"))
     by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for record, is_right in zip(records, right, strict=True):
