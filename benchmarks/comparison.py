@@ -273,7 +273,7 @@ def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> di
         "temporal_sample": temporal_sample,
         "visual_tokens": int((example["input_ids"] == processor.video_token_id).sum()),
         "seconds_per_question": statistics.median(seconds),
-        "right": by_task,
+        "right": {task: dict(videos) for task, videos in by_task.items()},
     }
 
 
