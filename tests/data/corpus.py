@@ -9,6 +9,7 @@ from PIL import Image
 from tests.model.tiny import make_image
 from tests.video.clips import write_clip
 
+QUESTIONS = [("which?", "A"), ("what is it, then?", "a dog, and a long answer"), ("how many?", "3")]
 QUESTION, ANSWERS = "which?", ("A", "the second", "C", "a fourth one")
 
 
@@ -37,6 +38,15 @@ def write_corpus(folder: Path) -> Path:
     records += [llava(f"t{i}", "say it" + i * "!", "yes " * (i + 1)) for i in range(3)]
     records.append(llava("both", "<image>\n<video>\nsame?", "no", image="0.png", video="1.mp4"))
     return write_json(folder / "train.json", records)
+
+
+def write_questions(folder: Path) -> Path:
+    """Writes three questions about a video, one about another, two about a picture, and two texts."""
+    records = [llava(f"v{i}", f"<video>\n{q}", a, video="0.mp4") for i, (q, a) in enumerate(QUESTIONS)]
+    records.append(llava("w", "<video>\nwhich?", "B", video="1.mp4"))
+    records += [llava(f"p{i}", f"<image>\n{q}", a, image="0.png") for i, (q, a) in enumerate(QUESTIONS[:2])]
+    records += [llava(f"t{i}", "say it", "yes") for i in range(2)]
+    return write_json(folder / "questions.json", records)
 
 
 def write_json(path: Path, records: list[dict[str, Any]]) -> Path:

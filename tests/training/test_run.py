@@ -14,7 +14,9 @@ from storm_vlm.model.adapter import adapter_options, apply_adapter
 from storm_vlm.model.compose import ComposeOptions
 from storm_vlm.training import plan_training, train
 from storm_vlm.training.model import make_model
-from tests.data.corpus import llava, write_json
+from storm_vlm.training.parts import base_model
+from storm_vlm.training.run import _prepare
+from tests.data.corpus import llava, write_json, write_questions
 
 
 def weights(folder):
@@ -205,39 +207,99 @@ def test_plan(recipe, tiny_folder):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_a_projector_goes_on_in_another_model(recipe, tmp_path, lora):
+def train_one_layer(recipe, lora):
     first = recipe(
         "first",
-        learning_rates={"temporal_projector": 1e-2, "language_model": 1e-3 if lora else None},
+        learning_rates={"temporal_projector": 1e-2, "language_model": 1e-2 if lora else None},
         lora=lora,
         model={"num_llm_layers": 1},
-        output={"merged": False, "adapter": True},
+        output={"merged": True, "adapter": True},
     )
-    result = train(first, use_cpu=True)
-    adapter = first.output.folder / "adapter"
-    assert result.folders == (adapter,)
-    second = recipe("second", learning_rates={"temporal_projector": None, "language_model": 1e-3})
-    composed = replace(second, model=replace(second.model, projector_from=adapter))
-    model, _ = make_model(composed)
+    train(first, use_cpu=True)
+    return first.output.folder
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_an_adapter_goes_on_in_more_layers_with_a_higher_rank(recipe, lora):
+    adapter = train_one_layer(recipe, lora) / "adapter"
+    second = recipe(
+        "second",
+        learning_rates={"temporal_projector": 1e-3, "language_model": 1e-3},
+        lora={"rank": 3, "alpha": 6} if lora else None,
+        model={"adapter_from": str(adapter)},
+    )
+    model = base_model(_prepare(second, 1).model)
     saved = load_file(adapter / ("adapter_model.safetensors" if lora else "temporal_projector.safetensors"))
-    weights = model.temporal_projector.state_dict()
-    for name, tensor in weights.items():
+    projector = getattr(model.temporal_projector, "modules_to_save", {"default": model.temporal_projector})
+    for name, tensor in projector["default"].state_dict().items():
         (found,) = [value for key, value in saved.items() if key.endswith(name)]
         assert torch.equal(found, tensor), name
     assert len(model.language_model.layers) == 2
+    if lora:
+        for layer, number in ((model.language_model.layers[0], 0), (model.language_model.layers[1], None)):
+            up = layer.mlp.up_proj
+            product = up.lora_B["default"].weight @ up.lora_A["default"].weight
+            want = torch.zeros_like(product)
+            if number is not None:
+                name = f"layers.{number}.mlp.up_proj.lora_"
+                (b,), (a,) = ([t for key, t in saved.items() if f"{name}{part}" in key] for part in "BA")
+                want = b @ a
+                assert want.any()
+            torch.testing.assert_close(product, want)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (None, "has LoRA weights: the recipe needs lora"),
+        ({"rank": 2, "alpha": 2}, r"lora\.alpha: expected 2 times the rank"),
+        ({"rank": 1, "alpha": 2}, r"model\.adapter_from: .*lora_[AB].* does not fit the model"),
+    ],
+)
+def test_lora_that_cannot_go_on(recipe, lora, message):
+    adapter = train_one_layer(recipe, {"rank": 2, "alpha": 4}) / "adapter"
+    second = recipe(
+        "second",
+        learning_rates={"temporal_projector": 1e-3, "language_model": 1e-3},
+        lora=lora,
+        model={"adapter_from": str(adapter)},
+    )
+    with pytest.raises(RecipeError, match=message):
+        train(second, use_cpu=True)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_a_model_with_fewer_layers_is_saved_as_such(recipe, tiny_folder, lora):
+    folder = train_one_layer(recipe, lora)
+    merged = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    assert len(merged.language_model.layers) == merged.config.text_config.num_hidden_layers == 1
+    base = AutoModelForImageTextToText.from_pretrained(tiny_folder)
+    got = apply_adapter(base, AutoProcessor.from_pretrained(tiny_folder), folder / "adapter")
+    want = merged.state_dict()
+    assert got.state_dict().keys() == want.keys()
+    for name, tensor in got.state_dict().items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-7)
 
 
 def test_only_as_many_layers_as_there_are(recipe, tmp_path):
-    short = recipe(model={"num_llm_layers": 1}, output={"merged": False})
+    short = recipe(model={"num_llm_layers": 1})
     model, _ = make_model(short)
     assert len(model.language_model.layers) == model.config.text_config.num_hidden_layers == 1
-    with pytest.raises(RecipeError, match=r"num_llm_layers: 3 asked for, the language model has 2"):
-        make_model(recipe(model={"num_llm_layers": 3}, output={"merged": False}))
-    with pytest.raises(RecipeError, match=r"output\.merged"):
-        recipe(model={"num_llm_layers": 1})
+    with pytest.raises(RecipeError, match=r"num_llm_layers: 3 layers asked for, the language model has 2"):
+        make_model(recipe(model={"num_llm_layers": 3}))
     with pytest.raises(ModelError, match="projector of"):
-        make_model(replace(short, model=replace(short.model, projector_from=tmp_path)))
+        make_model(replace(short, model=replace(short.model, adapter_from=tmp_path)))
+
+
+def test_conversations_side_by_side(recipe, corpus):
+    mixture = str(write_questions(corpus.parent))
+    read = recipe(data={"mixture": mixture, "conversations_per_example": 4}, lora={"rank": 2})
+    assert plan_training(read).num_records == 5
+    assert train(read, use_cpu=True).num_bad_samples == 0
+    assert all(entry["tokens_per_second"] > 0 for entry in log_of(read))
+    eager = replace(read, model=replace(read.model, attn_implementation="eager"))
+    with pytest.raises(RecipeError, match="attention is eager, expected sdpa"):
+        train(eager, use_cpu=True)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["projector", "lora"])

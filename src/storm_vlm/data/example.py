@@ -11,6 +11,7 @@ import torch
 
 from storm_vlm.data.answers import Span, render_with_answers
 from storm_vlm.data.record import Record
+from storm_vlm.data.side_by_side import side_by_side
 from storm_vlm.errors import DataError
 from storm_vlm.model import StormProcessor, TokenCompression, visual_grid
 from storm_vlm.model.image_processing_storm import check_size
@@ -31,13 +32,13 @@ def encode_record(
     """Reads the files of a record and turns it into model inputs with labels.
 
     Args:
-        record: The conversation.
+        record: The conversation, and the others beside it.
         processor: Its settings say how many frames are read and how they are pooled.
-        max_length: Most tokens that a record may have; None for no limit.
+        max_length: Most tokens that a record may have, those of the others counted; None for no limit.
         temporal_sample: Temporal sampling, for examples to evaluate on; in training a model never samples.
 
     Returns:
-        ``input_ids`` and ``labels`` ``(l,)``; of pictures ``pixel_values`` and ``image_compression``, of videos
+        ``input_ids`` and ``labels`` ``(l,)``; with others ``conversation_ids`` ``(l,)``, see `side_by_side`; of pictures ``pixel_values`` and ``image_compression``, of videos
         ``pixel_values_videos`` ``(f, 3, height, width)``, ``video_grid_thw`` and ``video_compression``.
 
     Raises:
@@ -61,12 +62,18 @@ def encode_record(
     offsets, replaced = inputs.pop("offset_mapping")[0], inputs.pop("text_replacement_offsets")[0]
     inputs.pop("attention_mask")
     input_ids = inputs.pop("input_ids")[0]
-    if max_length is not None and len(input_ids) > max_length:
-        raise DataError(f"{len(input_ids)} tokens are more than max_length={max_length}")
     is_answer = _in_spans(offsets, _moved(spans, replaced))
     for token_id in (processor.image_token_id, processor.video_token_id):
         is_answer &= input_ids != token_id
-    return {**inputs, "input_ids": input_ids, "labels": input_ids.masked_fill(~is_answer, IGNORED_LABEL)}
+    texts = {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_answer, IGNORED_LABEL)}
+    if record.others:
+        separator = replaced[-1]["replacement"].rpartition(replaced[-1]["text"])[2]
+        tails = [_encode_tail(other, processor, separator) for other in record.others]
+        texts = side_by_side(texts, tails, _end_of_shown(input_ids, processor))
+    num_tokens = len(texts["input_ids"])
+    if max_length is not None and num_tokens > max_length:
+        raise DataError(f"{num_tokens} tokens are more than max_length={max_length}")
+    return {**inputs, **texts}
 
 
 def estimate_length(record: Record, processor: StormProcessor) -> int:
@@ -81,6 +88,7 @@ def estimate_length(record: Record, processor: StormProcessor) -> int:
     """
     text = processor.apply_chat_template(record.to_messages(), tokenize=False)
     num_tokens = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    num_tokens += sum(len(_encode_tail(other, processor, "")["input_ids"]) for other in record.others)
     pictures, video = processor.image_processor, processor.video_processor
     pooling = TokenCompression(video.temporal_pool, video.spatial_pool)
     grid = (video.num_frames, *check_size(video.size, video.patch_size))
@@ -92,6 +100,36 @@ def estimate_length(record: Record, processor: StormProcessor) -> int:
     )
     num_tokens += len(record.paths("video")) * (groups * (rows * columns + separator) - 1)
     return num_tokens + len(record.paths("image")) * (math.prod(image_grid) - 1)
+
+
+def _encode_tail(record: Record, processor: StormProcessor, separator: str) -> dict[str, torch.Tensor]:
+    """Returns ``input_ids`` and ``labels`` of what comes after all that a conversation shows.
+
+    Args:
+        record: The conversation.
+        processor: As in `encode_record`.
+        separator: What the processor writes behind the last placeholder.
+    """
+    text, spans = render_with_answers(processor, record.to_messages())
+    _check_placeholders(processor, text, len(record.paths("image")), len(record.paths("video")))
+    start = max(
+        text.rfind(token) + len(token)
+        for token in (processor.image_token, processor.video_token)
+        if token in text
+    )
+    encoded = processor.tokenizer(
+        separator + text[start:], add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
+    )
+    moved = len(separator) - start
+    is_answer = _in_spans(encoded["offset_mapping"][0], [(a + moved, b + moved) for a, b in spans])
+    input_ids = encoded["input_ids"][0]
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_answer, IGNORED_LABEL)}
+
+
+def _end_of_shown(input_ids: torch.Tensor, processor: StormProcessor) -> int:
+    """Returns the number of tokens up to the last placeholder, which is counted."""
+    is_visual = (input_ids == processor.image_token_id) | (input_ids == processor.video_token_id)
+    return int(is_visual.nonzero()[-1]) + 1
 
 
 def _check_placeholders(processor: StormProcessor, text: str, num_images: int, num_videos: int) -> None:

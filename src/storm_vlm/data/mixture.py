@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from storm_vlm.data.readers import DataFormat, RecordSet, read_records
-from storm_vlm.data.record import Record
+from storm_vlm.data.record import Record, Turn
 from storm_vlm.errors import DataError
 
 _SAMPLING = re.compile(r"all|(first|end|random):(\d+(?:\.\d+)?)(%?)")
@@ -106,15 +106,18 @@ class Mixture:
     Args:
         config: The sets.
         seed: Seed of random choices and of the order.
+        conversations_per_example: Most neighbouring records that begin with the same pictures and videos to take as
+            one record, the others beside the first.
 
     Raises:
         DataError: A set cannot be read, or nothing of it is left.
     """
 
-    def __init__(self, config: MixtureConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: MixtureConfig, *, seed: int = 0, conversations_per_example: int = 1) -> None:
         self.seed = seed
         self.sets: list[RecordSet] = []
-        self._rows: list[np.ndarray] = []
+        # Of each set, the rows of each of its records.
+        self._rows: list[list[np.ndarray]] = []
         self._weights: list[float] = []
         for number, entry in enumerate(config.sets):
             opened = read_records(
@@ -132,7 +135,7 @@ class Mixture:
             for records, start in zip(opened, starts, strict=False):
                 rows = chosen[(chosen >= start) & (chosen < start + len(records))] - start
                 self.sets.append(records)
-                self._rows.append(rows)
+                self._rows.append(_groups(records, rows, conversations_per_example))
                 self._weights.append(entry.weight)
         self._ends = list(accumulate(map(len, self._rows)))
 
@@ -140,13 +143,14 @@ class Mixture:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        records, row = self._locate(index)
-        return records[row]
+        records, rows = self._locate(index)
+        first, *others = (records[int(row)] for row in rows)
+        return replace(first, others=tuple(others))
 
     def label(self, index: int) -> str:
         """Returns what names a record in a message."""
-        records, row = self._locate(index)
-        return records.label(row)
+        records, rows = self._locate(index)
+        return records.label(int(rows[0]))
 
     def epoch_indices(self, epoch: int) -> np.ndarray:
         """Returns the records of an epoch in a random order that depends on the seed and the epoch alone."""
@@ -164,10 +168,31 @@ class Mixture:
             raise DataError("weight: the weights of the mixture leave no record in an epoch")
         return random.permutation(together)
 
-    def _locate(self, index: int) -> tuple[RecordSet, int]:
+    def _locate(self, index: int) -> tuple[RecordSet, np.ndarray]:
         number = bisect_right(self._ends, index)
         start = self._ends[number] - len(self._rows[number])
-        return self.sets[number], int(self._rows[number][index - start])
+        return self.sets[number], self._rows[number][index - start]
+
+
+def _groups(records: RecordSet, rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Joins neighbouring rows that begin with the same pictures and videos, at most ``size`` of them."""
+    if size == 1:
+        return list(rows.reshape(-1, 1))
+    beginnings = [_beginning(records, int(row)) for row in rows]
+    groups: list[list[int]] = []
+    for row, before, beginning in zip(rows.tolist(), [None, *beginnings], beginnings, strict=False):
+        if groups and beginning and beginning == before and len(groups[-1]) < size:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [np.array(group) for group in groups]
+
+
+def _beginning(records: RecordSet, row: int) -> tuple[Turn, ...]:
+    try:
+        return records[row].beginning
+    except (DataError, KeyError, TypeError):
+        return ()  # a bad sample, of its own
 
 
 def _choose(total: int, sampling: str, seed: tuple[int, int]) -> np.ndarray:

@@ -46,10 +46,27 @@ class Record:
     Attributes:
         name: Its id in its data set, for messages.
         turns: The messages, the first one first.
+        others: More conversations that begin as this one, up to the last picture or video that it shows, and are
+            trained on beside it: they share what is shown and do not see each other.
     """
 
     name: str
     turns: tuple[Turn, ...]
+    others: tuple["Record", ...] = ()
+
+    @property
+    def beginning(self) -> tuple[Turn, ...]:
+        """The messages up to the last picture or video; none if the conversation shows nothing."""
+        shown = [
+            (i, j)
+            for i, turn in enumerate(self.turns)
+            for j, item in enumerate(turn.items)
+            if item.type != "text"
+        ]
+        if not shown:
+            return ()
+        i, j = shown[-1]
+        return (*self.turns[:i], Turn(self.turns[i].role, self.turns[i].items[: j + 1]))
 
     def paths(self, item_type: ItemType) -> list[Path]:
         """Returns the files of one type in the order in which the conversation shows them."""

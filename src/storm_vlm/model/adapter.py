@@ -36,6 +36,7 @@ def save_adapter_settings(config: StormConfig, processor: StormProcessor, folder
         "projector": {name: getattr(config.projector_config, name) for name in _PROJECTOR_FIELDS},
         **{name: getattr(config, name) for name in _COMPRESSION},
         "vision_feature_layer": config.vision_feature_layer,
+        "num_llm_layers": config.text_config.num_hidden_layers,
         "num_frames": processor.video_processor.num_frames,
         "frame_separator": processor.frame_separator,
     }
@@ -59,7 +60,9 @@ def adapter_options(folder: Path, options: ComposeOptions) -> ComposeOptions:
     Returns:
         ``options`` with what the adapter says; a folder without an adapter is a ModelError.
     """
-    return replace(options, **_settings(folder))
+    settings = _settings(folder)
+    settings.pop("num_llm_layers", None)  # not a choice of composing: `apply_adapter` cuts
+    return replace(options, **settings)
 
 
 def apply_adapter(
@@ -69,7 +72,7 @@ def apply_adapter(
 
     Args:
         model: Composed from the parts that the adapter was trained with, with `adapter_options` or a projector of the
-            same shape.
+            same shape. Layers of the language model that the adapter was trained without are left out.
         processor: Its processor; both get the adapter's compression, frames and separators.
         folder: Folder of the adapter.
 
@@ -80,6 +83,8 @@ def apply_adapter(
         ModelError: There is no adapter, or it does not fit the model.
     """
     settings = _settings(folder)
+    if (num_layers := settings.pop("num_llm_layers", None)) is not None:
+        keep_first_layers(model, num_layers)
     try:
         if (folder / _LORA).is_file():
             from peft import PeftModel  # noqa: PLC0415 (an optional dependency)
@@ -93,6 +98,27 @@ def apply_adapter(
     apply_video_settings(model, processor, **{name: settings[name] for name in (*_COMPRESSION, "num_frames")})
     processor.frame_separator = settings["frame_separator"]
     return model.eval()
+
+
+def keep_first_layers(model: StormForConditionalGeneration, num_layers: int) -> None:
+    """Leaves out all but the first layers of a model's language model; its last norm and its head stay.
+
+    Args:
+        model: The model, changed in place.
+        num_layers: How many layers stay.
+
+    Raises:
+        ModelError: The language model has fewer, or no list of layers.
+    """
+    layers = getattr(model.language_model, "layers", None)
+    if layers is None or len(layers) < num_layers:
+        found = "no list of layers" if layers is None else f"{len(layers)} layers"
+        raise ModelError(f"{num_layers} layers asked for, the language model has {found}")
+    model.language_model.layers = layers[:num_layers]
+    for config in (model.config.text_config, model.language_model.config):
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:num_layers]
 
 
 def load_projector(model: StormForConditionalGeneration, folder: Path) -> None:

@@ -8,7 +8,7 @@ from storm_vlm.model import (
     compose_model,
     visual_grid,
 )
-from storm_vlm.model.adapter import apply_video_settings, load_projector
+from storm_vlm.model.adapter import apply_video_settings, keep_first_layers, load_projector
 from storm_vlm.model.compose import load_language_model, load_vision_tower
 from storm_vlm.model.default_model import compose_default_parts
 from storm_vlm.pipeline.loading import load_model
@@ -28,11 +28,14 @@ def make_model(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProc
         RecipeError: The video settings do not fit the model; parts that cannot be loaded are a ModelError.
     """
     model, processor = _source(recipe.model)
-    if recipe.model.projector_from is not None:
-        load_projector(model, recipe.model.projector_from)
-    if recipe.model.num_llm_layers is not None:
-        _keep_first_layers(model, recipe.model.num_llm_layers)
+    if recipe.model.adapter_from is not None:
+        load_projector(model, recipe.model.adapter_from)
     video = recipe.video
+    try:
+        if recipe.model.num_llm_layers is not None:
+            keep_first_layers(model, recipe.model.num_llm_layers)
+    except StormError as error:
+        raise RecipeError(f"model.num_llm_layers: {error}") from error
     try:
         apply_video_settings(
             model,
@@ -65,12 +68,3 @@ def _source(recipe: ModelRecipe) -> tuple[StormForConditionalGeneration, StormPr
     tower = load_vision_tower(recipe.vision, image_size=size)
     model, tokenizer = load_language_model(recipe.llm)
     return compose_model(tower, model, tokenizer, options)
-
-
-def _keep_first_layers(model: StormForConditionalGeneration, num_layers: int) -> None:
-    layers = getattr(model.language_model, "layers", None)
-    if layers is None or len(layers) < num_layers:
-        found = "no list of layers" if layers is None else f"{len(layers)} layers"
-        raise RecipeError(f"model.num_llm_layers: {num_layers} asked for, the language model has {found}")
-    model.language_model.layers = layers[:num_layers]
-    model.config.text_config.num_hidden_layers = num_layers

@@ -1,12 +1,21 @@
 """The parts of a model in training: which are frozen, which get LoRA, and their groups in the optimizer."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import nn
 
+from storm_vlm.errors import RecipeError
 from storm_vlm.model import StormForConditionalGeneration
 from storm_vlm.training.recipe import PART_NAMES, LearningRates, LoraRecipe
 
@@ -53,6 +62,38 @@ def prepare_parts(
         modules_to_save=whole or None,
     )
     return get_peft_model(model, config)
+
+
+def load_lora(model: StormForConditionalGeneration | PeftModel, folder: Path) -> None:
+    """Loads an adapter's LoRA weights, if it has some; what a higher rank or more layers add to them begins anew.
+
+    Args:
+        model: The model after `prepare_parts`.
+        folder: Folder of the adapter.
+
+    Raises:
+        RecipeError: The model has no LoRA, or LoRA of another scale, a lower rank or other layers.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return
+    if not isinstance(model, PeftModel):
+        raise RecipeError(f"model.adapter_from: {folder} has LoRA weights: the recipe needs lora")
+    old, new = LoraConfig.from_pretrained(folder), model.peft_config["default"]
+    if old.lora_alpha / old.r != new.lora_alpha / new.r:  # type: ignore[attr-defined]
+        raise RecipeError(f"lora.alpha: expected {old.lora_alpha / old.r:g} times the rank, as in {folder}")
+    weights = get_peft_model_state_dict(model)
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        if "lora_" not in name:
+            continue
+        place = weights.get(name)
+        rank_dim = 0 if "lora_A" in name else 1
+        fits = place is not None and place.shape[1 - rank_dim] == tensor.shape[1 - rank_dim]
+        if not fits or place.shape[rank_dim] < tensor.shape[rank_dim]:
+            raise RecipeError(f"model.adapter_from: {name} of {folder} does not fit the model")
+        # New ranks add nothing: their lora_B is zero.
+        weights[name] = place.clone()
+        weights[name].narrow(rank_dim, 0, tensor.shape[rank_dim]).copy_(tensor)
+    set_peft_model_state_dict(model, weights)
 
 
 def parameter_groups(

@@ -29,9 +29,9 @@ class ModelRecipe:
         llm: Language model to compose from; the default model's if None.
         projector: Fields of `TemporalProjectorConfig` for a composed model.
         projector_seed: Seed of a composed model's new projector.
-        projector_from: Folder of an adapter whose projector the model begins with; its own if None.
-        num_llm_layers: Keep only so many first layers of the language model, a cheap stand-in while a projector
-            learns to speak to them; all if None. Such a model leaves an adapter, and no ``model`` folder.
+        adapter_from: Folder of an adapter that the model begins with, its projector and its LoRA weights; new ones if
+            None. LoRA may go on with a higher rank and in more layers, which begin anew.
+        num_llm_layers: Keep only so many first layers of the language model; all if None.
         image_size: Side of the frames in pixels for a composed model; the encoder's own if None.
         attn_implementation: Attention of the backbones; transformers' choice if None.
     """
@@ -41,7 +41,7 @@ class ModelRecipe:
     llm: str | None = None
     projector: dict[str, Any] = field(default_factory=dict)
     projector_seed: int = 0
-    projector_from: Path | None = None
+    adapter_from: Path | None = None
     num_llm_layers: int | None = None
     image_size: int | None = None
     attn_implementation: str | None = None
@@ -72,6 +72,8 @@ class DataRecipe:
         num_workers: Processes that decode videos; 0 decodes in the training process.
         group_by_length: Put records of similar length into a batch.
         token_budget: Most tokens of a batch, counted with padding, in place of a number of records.
+        conversations_per_example: Most neighbouring records about the same pictures and videos that make one example:
+            these are encoded and read once, and the conversations do not see each other. Needs sdpa attention.
         feature_cache: Folder for the features of a frozen vision encoder, which then sees each picture once, before
             training; relative to where the command runs. None for no cache.
     """
@@ -82,10 +84,11 @@ class DataRecipe:
     num_workers: int = 2
     group_by_length: bool = True
     token_budget: int | None = None
+    conversations_per_example: int = 1
     feature_cache: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "token_budget"):
+        for name in ("max_length", "token_budget", "conversations_per_example"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"data.{name}", "a number above 0", value)
         for name in ("max_bad_samples", "num_workers"):
@@ -258,8 +261,6 @@ class Recipe:
         _require(
             is_frozen or cache is None, "data.feature_cache", "a frozen vision_tower, or no cache", str(cache)
         )
-        is_whole = self.model.num_llm_layers is None or not self.output.merged
-        _require(is_whole, "output.merged", "false with model.num_llm_layers", True)
         only_small = self.learning_rates.vision_tower is None and (self.lora is not None or rate is None)
         _require(
             not self.output.adapter or only_small,

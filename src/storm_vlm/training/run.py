@@ -27,7 +27,7 @@ from storm_vlm.training.curve import plot_curve
 from storm_vlm.training.export import export_trained
 from storm_vlm.training.features import cache_features
 from storm_vlm.training.model import make_model
-from storm_vlm.training.parts import prepare_parts, sharded_layer_names
+from storm_vlm.training.parts import load_lora, prepare_parts, sharded_layer_names
 from storm_vlm.training.plan import TrainingPlan, make_plan
 from storm_vlm.training.recipe import Recipe
 from storm_vlm.training.trainer import StormTrainer, training_arguments
@@ -150,8 +150,15 @@ def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> Trai
 
 def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
     schedule, data = recipe.schedule, recipe.data
-    mixture = Mixture(read_mixture_config(data.mixture), seed=schedule.seed)
+    mixture = Mixture(
+        read_mixture_config(data.mixture),
+        seed=schedule.seed,
+        conversations_per_example=data.conversations_per_example,
+    )
     model, processor = make_model(recipe)
+    attention = model.config.text_config._attn_implementation
+    if data.conversations_per_example > 1 and attention != "sdpa":
+        raise RecipeError(f"data.conversations_per_example: attention is {attention}, expected sdpa")
     config, sharded_layers = model.config, sharded_layer_names(model)
     needs_lengths = data.group_by_length or data.token_budget is not None
     lengths = estimate_lengths(mixture, processor) if needs_lengths else None
@@ -165,6 +172,8 @@ def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
         max_steps=schedule.max_steps,
     )
     trained = prepare_parts(model, recipe.learning_rates, recipe.lora)
+    if recipe.model.adapter_from is not None:
+        load_lora(trained, recipe.model.adapter_from)
     return _Parts(trained, config, processor, mixture, lengths, batches, sharded_layers)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _KIBIBYTE = 1024
+_PADDING_MASK_DIMS = 2
 
 
 class Throughput:
@@ -27,7 +28,9 @@ class Throughput:
             self._waited_seconds += time.perf_counter() - start
             if "input_ids" in batch:
                 self._num_samples += batch["input_ids"].shape[0]
-                self._num_tokens += batch["attention_mask"].sum()
+                mask = batch["attention_mask"]
+                # Of a mask for pairs of tokens: every token but padding attends to the first.
+                self._num_tokens += (mask if mask.ndim == _PADDING_MASK_DIMS else mask[..., 0]).sum()
             yield batch
 
     def take(self) -> dict[str, float]:
