@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from storm_vlm.errors import DataError
 from storm_vlm.evaluation import read_world_questions
@@ -70,6 +71,27 @@ def test_the_command_writes_a_table_and_goes_on(world, model_folder, storm_here,
     wrong = storm_here("eval", "--data", world, "--out", tmp_path / "x", "--task", "chess")
     assert wrong.returncode == 2
     assert "'chess' is unknown" in wrong.stderr
+
+
+def test_several_numbers_of_frames(world, model_folder, storm_here, tmp_path):  # noqa: F811
+    """Each is an evaluation of its own; the table and the picture have them all."""
+    common = ["eval", "--data", world, "--splits", "test_long", "--model", model_folder]
+    done = storm_here(*common, "--out", tmp_path / "all", "--frames", 4, 2, "--temporal-pool", 2)
+    assert done.returncode == 0, done.stderr
+    alone = storm_here(*common, "--out", tmp_path / "alone", "--frames", 4, "--temporal-pool", 2)
+    assert alone.returncode == 0, alone.stderr
+    for name in ("answers.jsonl", "settings.json", "report.json"):
+        assert (tmp_path / "all/frames-4" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    reports = json.loads((tmp_path / "all/frames.json").read_text())
+    assert list(reports) == ["2", "4"]
+    assert reports["4"] == json.loads((tmp_path / "alone/report.json").read_text())
+    value = 100 * reports["2"]["accuracies"]["test_long"]["all"]["value"]
+    assert f"| 2 | {value:.1f} (" in done.stdout
+    assert (tmp_path / "all/frames.md").read_text() == done.stdout
+    assert Image.open(tmp_path / "all/frames.png").size[0] > 500
+    wrong = storm_here(*common, "--out", tmp_path / "x", "--frames", "4,0")
+    assert wrong.returncode == 2
+    assert "--frames: expected numbers from 1, got '0'" in wrong.stderr
 
 
 def test_splits_belong_to_the_world_alone(world, storm_here, tmp_path):  # noqa: F811

@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_skipped(storm_here, model_folder, clip, tmp_path):
 def test_mistakes_are_one_line(storm_here, model_folder, clip, tmp_path):  # noqa: F811
     usual = ("profile", clip, "--model", model_folder, "--out", tmp_path / "out", "--frames", "4")
     for arguments, message in (
-        (("--frames", "4,x"), "--frames: 'x' is no number of frames"),
+        (("--frames", "4,x"), "--frames: expected numbers from 1, got 'x'"),
         (("--frames", "0"), "num_frames must be at least 1"),
         (("--compression", "5"), "compression '5' is unknown"),
         (("--compression", "S.pool9"), "spatial_pool=9"),

@@ -1,5 +1,6 @@
 """`storm eval`: asks a model the questions of a benchmark and tells how many answers are right."""
 
+import importlib.util
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from storm_vlm.cli import options as opt
+from storm_vlm.cli.lists import parse_numbers
 
 if TYPE_CHECKING:
     from storm_vlm.evaluation import Benchmark
 
 _WORLD = "world"
+LIST_PATTERNS = {"frames": r"\d+"}
 
 
 def evaluate(
@@ -30,7 +33,13 @@ def evaluate(
         int | None,
         typer.Option("--max-videos", min=1, help="Of the world: only so many first videos of each split."),
     ] = None,
-    frames: opt.FramesOption = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(
+            "--frames",
+            help="Frames to sample, uniformly over the whole video; several, as 8 16 32, for a table and a picture.",
+        ),
+    ] = None,
     temporal_pool: opt.TemporalPoolOption = None,
     spatial_pool: opt.SpatialPoolOption = None,
     temporal_sample: opt.TemporalSampleOption = None,
@@ -42,15 +51,18 @@ def evaluate(
     """Ask a model a benchmark's questions; answers, scores and settings are written to a folder."""
     from storm_vlm.cli.session import load_video_qa, warn_if_untrained
     from storm_vlm.cli.terminal import output_console, progress_bars
-    from storm_vlm.evaluation import EvaluationSettings
+    from storm_vlm.evaluation import EvaluationSettings, evaluate_frames
     from storm_vlm.evaluation import evaluate as run_evaluation
 
+    num_frames = [] if frames is None else parse_numbers("--frames", frames)
+    if len(num_frames) > 1:
+        _require_matplotlib()
     benchmark = _benchmark(task, splits, max_videos)
     questions = benchmark.questions(data)
     video_qa = load_video_qa(model, device=device, dtype=dtype, max_memory_gib=None, cache=False)
     warn_if_untrained(video_qa)
     settings = EvaluationSettings(
-        num_frames=frames,
+        num_frames=num_frames[0] if num_frames else None,
         temporal_pool=temporal_pool,
         spatial_pool=spatial_pool,
         temporal_sample=temporal_sample,
@@ -58,17 +70,32 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     with progress_bars() as progress:
-        report = run_evaluation(
+        run = partial(
+            run_evaluation,
             video_qa,
             questions,
-            out,
             model_name=model or "storm-smol",
             benchmark=benchmark,
             data=data,
-            settings=settings,
             report_progress=progress,
         )
-    output_console.print(report.to_markdown(), end="", markup=False, highlight=False)
+        if len(num_frames) > 1:
+            table = evaluate_frames(
+                lambda count, folder: run(folder, settings=replace(settings, num_frames=count)),
+                num_frames,
+                out,
+            )
+        else:
+            table = run(out, settings=settings).to_markdown()
+    output_console.print(table, end="", markup=False, highlight=False)
+
+
+def _require_matplotlib() -> None:
+    """Fails before the work and not after it."""
+    from storm_vlm.errors import StormError
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise StormError("several --frames are drawn as a picture: pip install 'storm-vlm[train]'")
 
 
 def _benchmark(task: str, splits: str | None, max_videos: int | None) -> "Benchmark":

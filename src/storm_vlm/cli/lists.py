@@ -5,6 +5,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from storm_vlm.errors import StormError
+
 
 def list_command(patterns: dict[str, str]) -> type[TyperCommand]:
     """Returns a command class some of whose options take every value after them that looks like theirs.
@@ -24,6 +26,23 @@ def list_command(patterns: dict[str, str]) -> type[TyperCommand]:
             return super().parse_args(ctx, _join(args, patterns))
 
     return ListCommand
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Returns the numbers, 1 or more, that an option was given.
+
+    Args:
+        option: The option, for messages.
+        text: Numbers, separated by commas.
+
+    Returns:
+        The numbers; anything else is a StormError.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not part.isdecimal() or int(part) < 1]
+    if wrong:
+        raise StormError(f"{option}: expected numbers from 1, got {wrong[0]!r}")
+    return [int(part) for part in parts]
 
 
 def _join(arguments: list[str], patterns: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from storm_vlm.cli import options as opt
+from storm_vlm.cli.lists import parse_numbers
 
 if TYPE_CHECKING:
     from storm_vlm.pipeline import VideoQA
@@ -60,7 +61,7 @@ def profile(
     except ModuleNotFoundError as error:
         raise StormError(f"{_MISSING} ({error.name} is missing)") from error
     settings = profiling.ProfileSettings(
-        num_frames=tuple(map(_number, frames.split(","))),
+        num_frames=tuple(parse_numbers("--frames", frames)),
         compressions=tuple(map(profiling.parse_compression, compression.split(","))),
         num_repeats=repeats,
         num_warm_ups=warm_up,
@@ -85,14 +86,6 @@ def profile(
         )
     files = profiling.write_profile(report, out, overwrite=overwrite)
     _print(report, files)
-
-
-def _number(text: str) -> int:
-    from storm_vlm.errors import StormError
-
-    if not text.isdecimal():
-        raise StormError(f"--frames: {text!r} is no number of frames")
-    return int(text)
 
 
 def _generated(folder: str, num_frames: tuple[int, ...]) -> Path:

@@ -2,6 +2,7 @@
 
 from storm_vlm.evaluation.benchmark import Benchmark
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
+from storm_vlm.evaluation.frames import evaluate_frames
 from storm_vlm.evaluation.letters import parse_letter
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
 from storm_vlm.evaluation.report import Accuracy, EvaluationReport, summarise
@@ -16,6 +17,7 @@ __all__ = [
     "EvaluationSettings",
     "MultipleChoiceQuestion",
     "evaluate",
+    "evaluate_frames",
     "parse_letter",
     "read_world_questions",
     "summarise",
