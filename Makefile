@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/demo
 	clip=$$($(BIN)/storm setup-demo | tee /dev/stderr | sed -n 's/^clip:  //p' | tail -n 1) && \
 	$(BIN)/storm ask "$$clip" "What happens in this video?" --max-new-tokens 48
 
-test: .venv/dev lint
+test: .venv/dev lint docs
 	$(BIN)/storm setup-demo
 	# One thread for each of two workers: small tensors gain nothing from more.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
@@ -20,6 +20,9 @@ lint: .venv/dev
 	$(BIN)/pydoclint --quiet src
 	$(BIN)/lint-imports
 	$(BIN)/codespell src tests docs benchmarks examples README.md CONTRIBUTING.md CHANGELOG.md
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict --quiet
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
