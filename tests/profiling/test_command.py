@@ -63,7 +63,7 @@ def test_mistakes_are_one_line(storm_here, model_folder, clip, tmp_path):  # noq
     usual = ("profile", clip, "--model", model_folder, "--out", tmp_path / "out", "--frames", "4")
     for arguments, message in (
         (("--frames", "4,x"), "--frames: expected numbers from 1, got 'x'"),
-        (("--frames", "0"), "num_frames must be at least 1"),
+        (("--frames", "0"), "--frames: expected numbers from 1, got '0'"),
         (("--compression", "5"), "compression '5' is unknown"),
         (("--compression", "S.pool9"), "spatial_pool=9"),
         (("--paper-shape", "1/8"), "give one of them"),

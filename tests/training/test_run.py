@@ -9,12 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from storm_vlm.data import StormCollator, TrainingDataset
 from storm_vlm.errors import DataError, ModelError, RecipeError
 from storm_vlm.model.adapter import adapter_options, apply_adapter
 from storm_vlm.model.compose import ComposeOptions
 from storm_vlm.training import plan_training, train
 from storm_vlm.training.model import make_model
-from storm_vlm.training.parts import base_model
+from storm_vlm.training.parts import base_model, round_frozen_layers
 from storm_vlm.training.run import _prepare
 from tests.data.corpus import llava, write_json, write_questions
 
@@ -297,9 +298,44 @@ def test_conversations_side_by_side(recipe, corpus):
     assert plan_training(read).num_records == 5
     assert train(read, use_cpu=True).num_bad_samples == 0
     assert all(entry["tokens_per_second"] > 0 for entry in log_of(read))
-    eager = replace(read, model=replace(read.model, attn_implementation="eager"))
-    with pytest.raises(RecipeError, match="attention is eager, expected sdpa"):
-        train(eager, use_cpu=True)
+    other = replace(
+        recipe("other", data={"mixture": mixture, "conversations_per_example": 4}),
+        model=replace(read.model, attn_implementation="flex_attention"),
+    )
+    with pytest.raises(RecipeError, match="needs sdpa or eager attention, not flex_attention"):
+        train(other, use_cpu=True)
+
+
+def test_frozen_layers_in_half_precision_change_nothing(recipe):
+    """Autocast rounds them anyway: loss and gradients are the same bits."""
+    parts = _prepare(recipe(lora={"rank": 2}), 1)
+    batch = StormCollator(parts.processor)([TrainingDataset(parts.mixture, parts.processor)[0]])
+    batch.pop("bad_samples")
+
+    def step():
+        parts.model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = parts.model(**batch).loss
+        loss.backward()
+        return [loss, *(p.grad.clone() for p in parts.model.parameters() if p.grad is not None)]
+
+    before = step()
+    round_frozen_layers(parts.model)
+    layer = base_model(parts.model).language_model.layers[0].mlp.up_proj
+    assert layer.get_base_layer().weight.dtype == torch.bfloat16
+    assert all(map(torch.equal, step(), before))
+    assert len(before) > 10
+
+
+def test_a_new_start_is_chosen_once(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.projector_from: expected no adapter_from beside it"):
+        recipe(model={"projector_from": str(tmp_path), "adapter_from": str(tmp_path)})
+    folder = train_one_layer(recipe, {"rank": 2, "alpha": 4}) / "adapter"
+    second = recipe("second", model={"projector_from": str(folder)})
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in make_model(second)[0].temporal_projector.state_dict().items():
+        assert torch.equal(tensor, saved[f"base_model.model.model.temporal_projector.{name}"])
+    assert not any("lora" in name for name, _ in _prepare(second, 1).model.named_parameters())
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["projector", "lora"])

@@ -36,7 +36,10 @@ def parse_numbers(option: str, text: str) -> list[int]:
         text: Numbers, separated by commas.
 
     Returns:
-        The numbers; anything else is a StormError.
+        The numbers.
+
+    Raises:
+        StormError: Something else was given.
     """
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not part.isdecimal() or int(part) < 1]

@@ -103,12 +103,15 @@ def estimate_length(record: Record, processor: StormProcessor) -> int:
 
 
 def _encode_tail(record: Record, processor: StormProcessor, separator: str) -> dict[str, torch.Tensor]:
-    """Returns ``input_ids`` and ``labels`` of what comes after all that a conversation shows.
+    """Encodes what comes after all that a conversation shows.
 
     Args:
         record: The conversation.
         processor: As in `encode_record`.
         separator: What the processor writes behind the last placeholder.
+
+    Returns:
+        ``input_ids`` and ``labels``, ``(l,)``.
     """
     text, spans = render_with_answers(processor, record.to_messages())
     _check_placeholders(processor, text, len(record.paths("image")), len(record.paths("video")))

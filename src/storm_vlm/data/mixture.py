@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from pathlib import Path
@@ -117,7 +117,7 @@ class Mixture:
         self.seed = seed
         self.sets: list[RecordSet] = []
         # Of each set, the rows of each of its records.
-        self._rows: list[list[np.ndarray]] = []
+        self._rows: list[Sequence[np.ndarray] | np.ndarray] = []
         self._weights: list[float] = []
         for number, entry in enumerate(config.sets):
             opened = read_records(
@@ -174,10 +174,10 @@ class Mixture:
         return self.sets[number], self._rows[number][index - start]
 
 
-def _groups(records: RecordSet, rows: np.ndarray, size: int) -> list[np.ndarray]:
+def _groups(records: RecordSet, rows: np.ndarray, size: int) -> Sequence[np.ndarray] | np.ndarray:
     """Joins neighbouring rows that begin with the same pictures and videos, at most ``size`` of them."""
     if size == 1:
-        return list(rows.reshape(-1, 1))
+        return rows.reshape(-1, 1)
     beginnings = [_beginning(records, int(row)) for row in rows]
     groups: list[list[int]] = []
     for row, before, beginning in zip(rows.tolist(), [None, *beginnings], beginnings, strict=False):

@@ -38,6 +38,9 @@ class StormLmmsEval(lmms):
         temporal_sample: See `TokenCompression`.
         attn_implementation: Attention of the backbones; transformers' choice if None.
         max_batch_size: Ignored; lmms-eval gives it to every model.
+
+    Raises:
+        StormError: ``batch_size`` is no number.
     """
 
     is_simple = False

@@ -42,6 +42,7 @@ _VISUAL_INPUTS = (
 IGNORED_LABEL = -100
 # Visual tokens that go through a Mamba layer at once in inference: memory does not grow with the video.
 MIXER_CHUNK_TOKENS = 16384
+_PADDING_MASK_DIMS = 2
 
 
 @dataclass
@@ -248,7 +249,8 @@ class StormModel(StormPreTrainedModel):
             input_ids: Token ids with one placeholder for each visual token, ``(b, l)``.
             pixel_values: See `get_image_features`.
             pixel_values_videos: See `get_video_features`.
-            attention_mask: 1 for tokens to attend to, ``(b, l)``; padding may be left or right.
+            attention_mask: 1 for tokens to attend to, ``(b, l)``; padding may be left or right. Or bool
+                ``(b, 1, l, l)``: which tokens attend to which, in every layer, with ``position_ids``.
             position_ids: Positions of the tokens, ``(b, l)``.
             cache: Keys and values of the tokens before; ``past_key_values`` is the same.
             inputs_embeds: Embeddings in place of ``input_ids``, ``(b, l, d)``.
@@ -284,7 +286,7 @@ class StormModel(StormPreTrainedModel):
             if features is not None or is_prompt:
                 inputs_embeds = self._fill_placeholders(modality, input_ids, inputs_embeds, features)
         outputs = self.language_model(
-            attention_mask=attention_mask,
+            attention_mask=self._attention_mask(attention_mask, inputs_embeds),
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -390,6 +392,22 @@ class StormModel(StormPreTrainedModel):
         if given.shape != (num_videos, 3):
             raise ValueError(f"compression must have shape {(num_videos, 3)}, got {tuple(given.shape)}")
         return [TokenCompression(*row) for row in given.tolist()]
+
+    def _attention_mask(self, mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
+        """Returns the mask as the language model's attention takes it: eager attention adds masks of pairs to scores."""
+        is_pairs = isinstance(mask, torch.Tensor) and mask.ndim != _PADDING_MASK_DIMS
+        if mask is None or not is_pairs or mask.dtype != torch.bool:
+            return mask
+        attention = self.language_model.config._attn_implementation
+        if attention == "sdpa":
+            return mask
+        if attention != "eager":
+            raise ValueError(
+                f"attention_mask of pairs of tokens needs sdpa or eager attention, not {attention}"
+            )
+        device = inputs_embeds.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_embeds.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _fill_placeholders(
         self,

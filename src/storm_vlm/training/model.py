@@ -28,8 +28,10 @@ def make_model(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProc
         RecipeError: The video settings do not fit the model; parts that cannot be loaded are a ModelError.
     """
     model, processor = _source(recipe.model)
-    if recipe.model.adapter_from is not None:
-        load_projector(model, recipe.model.adapter_from)
+    if (folder := recipe.model.adapter_from or recipe.model.projector_from) is not None:
+        load_projector(model, folder)
+    if recipe.model.attn_implementation is not None:
+        model.set_attn_implementation(recipe.model.attn_implementation)
     video = recipe.video
     try:
         if recipe.model.num_llm_layers is not None:
@@ -58,9 +60,7 @@ def make_model(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProc
 
 def _source(recipe: ModelRecipe) -> tuple[StormForConditionalGeneration, StormProcessor]:
     if recipe.path is not None:
-        return load_model(
-            recipe.path, device="cpu", dtype="float32", attn_implementation=recipe.attn_implementation
-        )
+        return load_model(recipe.path, device="cpu", dtype="float32")
     options = ComposeOptions(projector=recipe.projector, seed=recipe.projector_seed)
     if recipe.vision is None or recipe.llm is None:
         return compose_default_parts(options)

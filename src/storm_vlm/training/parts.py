@@ -12,6 +12,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -78,8 +79,8 @@ def load_lora(model: StormForConditionalGeneration | PeftModel, folder: Path) ->
         return
     if not isinstance(model, PeftModel):
         raise RecipeError(f"model.adapter_from: {folder} has LoRA weights: the recipe needs lora")
-    old, new = LoraConfig.from_pretrained(folder), model.peft_config["default"]
-    if old.lora_alpha / old.r != new.lora_alpha / new.r:  # type: ignore[attr-defined]
+    old, new = LoraConfig.from_pretrained(str(folder)), model.peft_config["default"]
+    if old.lora_alpha / old.r != new.lora_alpha / new.r:
         raise RecipeError(f"lora.alpha: expected {old.lora_alpha / old.r:g} times the rank, as in {folder}")
     weights = get_peft_model_state_dict(model)
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -94,6 +95,21 @@ def load_lora(model: StormForConditionalGeneration | PeftModel, folder: Path) ->
         weights[name] = place.clone()
         weights[name].narrow(rank_dim, 0, tensor.shape[rank_dim]).copy_(tensor)
     set_peft_model_state_dict(model, weights)
+
+
+def round_frozen_layers(model: PeftModel) -> None:
+    """Stores the frozen linear layers that LoRA adapts in bfloat16, in place.
+
+    Autocast computes with them in bfloat16 anyway, and otherwise rounds them anew in every step. The merged model is made
+    from the original weights.
+
+    Args:
+        model: The model after `prepare_parts`, with LoRA.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            weight.data = weight.data.bfloat16()
 
 
 def parameter_groups(

@@ -29,6 +29,7 @@ class ModelRecipe:
         llm: Language model to compose from; the default model's if None.
         projector: Fields of `TemporalProjectorConfig` for a composed model.
         projector_seed: Seed of a composed model's new projector.
+        projector_from: Folder of an adapter whose projector the model begins with, and nothing else of it.
         adapter_from: Folder of an adapter that the model begins with, its projector and its LoRA weights; new ones if
             None. LoRA may go on with a higher rank and in more layers, which begin anew.
         num_llm_layers: Keep only so many first layers of the language model; all if None.
@@ -41,6 +42,7 @@ class ModelRecipe:
     llm: str | None = None
     projector: dict[str, Any] = field(default_factory=dict)
     projector_seed: int = 0
+    projector_from: Path | None = None
     adapter_from: Path | None = None
     num_llm_layers: int | None = None
     image_size: int | None = None
@@ -57,6 +59,8 @@ class ModelRecipe:
             "no vision, llm or projector beside it",
             self.path,
         )
+        is_one = self.projector_from is None or self.adapter_from is None
+        _require(is_one, "model.projector_from", "no adapter_from beside it", str(self.projector_from))
         layers = self.num_llm_layers
         _require(layers is None or layers > 0, "model.num_llm_layers", "a number above 0", layers)
 
@@ -73,7 +77,7 @@ class DataRecipe:
         group_by_length: Put records of similar length into a batch.
         token_budget: Most tokens of a batch, counted with padding, in place of a number of records.
         conversations_per_example: Most neighbouring records about the same pictures and videos that make one example:
-            these are encoded and read once, and the conversations do not see each other. Needs sdpa attention.
+            these are encoded and read once, and the conversations do not see each other. Needs sdpa or eager attention.
         feature_cache: Folder for the features of a frozen vision encoder, which then sees each picture once, before
             training; relative to where the command runs. None for no cache.
     """

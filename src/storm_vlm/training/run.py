@@ -27,7 +27,7 @@ from storm_vlm.training.curve import plot_curve
 from storm_vlm.training.export import export_trained
 from storm_vlm.training.features import cache_features
 from storm_vlm.training.model import make_model
-from storm_vlm.training.parts import load_lora, prepare_parts, sharded_layer_names
+from storm_vlm.training.parts import load_lora, prepare_parts, round_frozen_layers, sharded_layer_names
 from storm_vlm.training.plan import TrainingPlan, make_plan
 from storm_vlm.training.recipe import Recipe
 from storm_vlm.training.trainer import StormTrainer, training_arguments
@@ -157,8 +157,8 @@ def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
     )
     model, processor = make_model(recipe)
     attention = model.config.text_config._attn_implementation
-    if data.conversations_per_example > 1 and attention != "sdpa":
-        raise RecipeError(f"data.conversations_per_example: attention is {attention}, expected sdpa")
+    if data.conversations_per_example > 1 and attention not in ("sdpa", "eager"):
+        raise RecipeError(f"data.conversations_per_example: needs sdpa or eager attention, not {attention}")
     config, sharded_layers = model.config, sharded_layer_names(model)
     needs_lengths = data.group_by_length or data.token_budget is not None
     lengths = estimate_lengths(mixture, processor) if needs_lengths else None
@@ -174,6 +174,8 @@ def _prepare(recipe: Recipe, num_processes: int) -> _Parts:
     trained = prepare_parts(model, recipe.learning_rates, recipe.lora)
     if recipe.model.adapter_from is not None:
         load_lora(trained, recipe.model.adapter_from)
+    if schedule.bf16 and recipe.lora is not None and num_processes == 1:
+        round_frozen_layers(trained)
     return _Parts(trained, config, processor, mixture, lengths, batches, sharded_layers)
 
 
