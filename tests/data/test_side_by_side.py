@@ -49,7 +49,7 @@ def test_mask_and_positions_by_hand():
 )
 def test_a_batch_trains_as_its_conversations_do_alone(corpus, llm, frame_separator, attention):
     model, processor = make_model(llm=llm, temporal_pool=2, num_frames=4)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation({"text_config": attention, "vision_config": attention})
     processor.frame_separator = frame_separator
     model.double().train()
     file, collate = write_questions(corpus.parent), StormCollator(processor)
@@ -71,7 +71,7 @@ def test_a_batch_trains_as_its_conversations_do_alone(corpus, llm, frame_separat
     assert alone.keys() == together.keys()
     for name, gradient in alone.items():
         # transformers' loss is taken in float32; a key's bias has no gradient but rounding.
-        scale = gradient.abs().max().clamp_min(1e-3)
+        scale = gradient.abs().max().clamp_min(0.1)
         torch.testing.assert_close(together[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
 

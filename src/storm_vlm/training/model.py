@@ -30,8 +30,8 @@ def make_model(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProc
     model, processor = _source(recipe.model)
     if (folder := recipe.model.adapter_from or recipe.model.projector_from) is not None:
         load_projector(model, folder)
-    if recipe.model.attn_implementation is not None:
-        model.set_attn_implementation(recipe.model.attn_implementation)
+    if (attention := recipe.model.attn_implementation) is not None:
+        model.set_attn_implementation({"text_config": attention, "vision_config": attention})
     video = recipe.video
     try:
         if recipe.model.num_llm_layers is not None:
