@@ -72,7 +72,7 @@ def test_a_batch_trains_as_its_conversations_do_alone(corpus, llm, frame_separat
     for name, gradient in alone.items():
         # transformers' loss is taken in float32; a key's bias has no gradient but rounding.
         scale = gradient.abs().max().clamp_min(0.1)
-        torch.testing.assert_close(together[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(together[name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=name)
 
 
 def test_other_attention_is_an_error(corpus):
