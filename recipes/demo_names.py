@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from storm_vlm.model import StormForConditionalGeneration, StormProcessor, TokenCompression
@@ -128,8 +128,12 @@ class Naming:
         place = cells[..., None, None].expand(-1, -1, 1, tokens.shape[-1])
         things = tokens.gather(2, place)[:, :, 0]
         mean = self.names.mean(0)
-        scores = SHARPNESS * F.normalize(things - mean, dim=-1) @ F.normalize(self.names - mean, dim=-1).T
-        loss = F.cross_entropy(scores.flatten(0, 1), names.flatten())
+        scores = (
+            SHARPNESS
+            * functional.normalize(things - mean, dim=-1)
+            @ functional.normalize(self.names - mean, dim=-1).T
+        )
+        loss = functional.cross_entropy(scores.flatten(0, 1), names.flatten())
         loss = loss + SIZE_WEIGHT * ((things - self.names[names]) / self.size).square().mean()
         loss = loss + EMPTY_WEIGHT * ((tokens - self.empty) / self.size).square().mean()
         return loss, (scores.argmax(-1) == names).float().mean()
