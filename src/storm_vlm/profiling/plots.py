@@ -5,6 +5,7 @@ from io import BytesIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from storm_vlm.profiling.measure import Measurement
 from storm_vlm.profiling.request import PARTS
@@ -70,6 +71,7 @@ def _by_frames(measurements: list[Measurement]) -> Figure:
     axes.set_yscale("log")
     axes.set_xticks(frames, [str(count) for count in frames])
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="frames", ylabel="seconds to the first token")
     axes.grid(alpha=0.3)
