@@ -38,8 +38,9 @@ def encode_record(
         temporal_sample: Temporal sampling, for examples to evaluate on; in training a model never samples.
 
     Returns:
-        ``input_ids`` and ``labels`` ``(l,)``; with others ``conversation_ids`` ``(l,)``, see `side_by_side`; of pictures ``pixel_values`` and ``image_compression``, of videos
-        ``pixel_values_videos`` ``(f, 3, height, width)``, ``video_grid_thw`` and ``video_compression``.
+        ``input_ids`` and ``labels`` ``(l,)``; with others ``conversation_ids`` ``(l,)``, see `side_by_side`; of pictures
+        ``pixel_values`` and ``image_compression``, of videos ``pixel_values_videos`` ``(f, 3, height, width)``,
+        ``video_grid_thw`` and ``video_compression``.
 
     Raises:
         DataError: The answer is empty or the record is longer than ``max_length``; a file that cannot be read is a
