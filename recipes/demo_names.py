@@ -160,13 +160,16 @@ def main() -> None:
     model, processor = compose_default_parts()
     load_projector(model, arguments.adapter)
     naming = Naming(read_things(arguments.pictures, model, processor), model, processor)
-    held_out = torch.arange(arguments.pictures - HELD_OUT, arguments.pictures)[: 6 * GROUPS]
+    num_pictures = len(naming.things.names)
+    if num_pictures <= HELD_OUT:
+        parser.error(f"--pictures: expected more than the {HELD_OUT} that are held out, got {num_pictures}")
+    held_out = torch.arange(num_pictures - HELD_OUT, num_pictures)[: 6 * GROUPS]
     console.print(f"tokens were {naming.rescale():.0f} times as large as embeddings")
     optimizer = torch.optim.AdamW(
         naming.projector.requires_grad_(True).parameters(), LEARNING_RATE, weight_decay=0
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP_STEPS, arguments.steps)
-    for step, pictures in enumerate(batches(arguments.pictures, arguments.steps), 1):
+    for step, pictures in enumerate(batches(num_pictures, arguments.steps), 1):
         loss, _ = naming.loss(pictures)
         optimizer.zero_grad()
         loss.backward()
