@@ -11,13 +11,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from storm_vlm.data import StormCollator, TrainingDataset
 from storm_vlm.errors import DataError, ModelError, RecipeError
-from storm_vlm.model.adapter import adapter_options, apply_adapter
+from storm_vlm.model.adapter import adapter_options, apply_adapter, keep_first_layers
 from storm_vlm.model.compose import ComposeOptions
 from storm_vlm.training import plan_training, train
 from storm_vlm.training.model import make_model
 from storm_vlm.training.parts import base_model, round_frozen_layers
 from storm_vlm.training.run import _prepare
 from tests.data.corpus import llava, write_json, write_questions
+from tests.model.tiny import make_model as tiny_model
 
 
 def weights(folder):
@@ -280,6 +281,22 @@ def test_a_model_with_fewer_layers_is_saved_as_such(recipe, tiny_folder, lora):
     assert got.state_dict().keys() == want.keys()
     for name, tensor in got.state_dict().items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_adapter_for_a_model_without_a_list_of_layers():
+    model, _ = tiny_model(llm="gpt2")
+    keep_first_layers(model, 2)
+    assert model.config.text_config.num_hidden_layers == 2
+    with pytest.raises(ModelError, match="1 layers asked for, the language model has no list of layers"):
+        keep_first_layers(model, 1)
+
+
+def test_an_adapter_that_cannot_be_read(recipe):
+    adapter = train_one_layer(recipe, {"rank": 2, "alpha": 4}) / "adapter"
+    (adapter / "adapter_config.json").write_text("{")
+    second = recipe("second", lora={"rank": 2, "alpha": 4}, model={"adapter_from": str(adapter)})
+    with pytest.raises(RecipeError, match=r"model\.adapter_from: .* cannot be read"):
+        train(second, use_cpu=True)
 
 
 def test_only_as_many_layers_as_there_are(recipe, tmp_path):

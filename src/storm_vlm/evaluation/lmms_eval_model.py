@@ -15,6 +15,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from storm_vlm.errors import StormError
+from storm_vlm.evaluation.run import EvaluationSettings
 from storm_vlm.model.default_model import default_model_path
 from storm_vlm.model.modeling_storm import IGNORED_LABEL
 from storm_vlm.pipeline.loading import load_model
@@ -74,13 +75,8 @@ class StormLmmsEval(lmms):
             attn_implementation=attn_implementation,
         )
         self.model.eval()
-        options = {
-            "num_frames": num_frames,
-            "temporal_pool": temporal_pool,
-            "spatial_pool": spatial_pool,
-            "temporal_sample": temporal_sample,
-        }
-        self._video_options = {name: value for name, value in options.items() if value is not None}
+        settings = EvaluationSettings(num_frames, temporal_pool, spatial_pool, temporal_sample)
+        self._video_options = settings.encode_options()
 
     @property
     def device(self) -> torch.device:
@@ -120,8 +116,8 @@ class StormLmmsEval(lmms):
         return [self._score(*request.args) for request in requests]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Raises NotImplementedError: there is no such task for videos."""
-        raise NotImplementedError("storm answers tasks of one round")
+        """Raises StormError: these tasks build each question from the answers before, which no chat message has."""
+        raise StormError("tasks of several rounds are not supported: choose tasks of one")
 
     def _batches(
         self, requests: Sequence[Instance]

@@ -110,6 +110,8 @@ def keep_first_layers(model: StormForConditionalGeneration, num_layers: int) -> 
     Raises:
         ModelError: The language model has fewer, or no list of layers.
     """
+    if model.config.text_config.num_hidden_layers == num_layers:
+        return
     layers = getattr(model.language_model, "layers", None)
     if layers is None or len(layers) < num_layers:
         found = "no list of layers" if layers is None else f"{len(layers)} layers"

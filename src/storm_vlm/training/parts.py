@@ -13,6 +13,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -73,17 +74,21 @@ def load_lora(model: StormForConditionalGeneration | PeftModel, folder: Path) ->
         folder: Folder of the adapter.
 
     Raises:
-        RecipeError: The model has no LoRA, or LoRA of another scale, a lower rank or other layers.
+        RecipeError: The adapter cannot be read, the model has no LoRA, or LoRA of another scale, a lower rank or other layers.
     """
     if not (folder / "adapter_config.json").is_file():
         return
     if not isinstance(model, PeftModel):
         raise RecipeError(f"model.adapter_from: {folder} has LoRA weights: the recipe needs lora")
-    old, new = LoraConfig.from_pretrained(str(folder)), model.peft_config["default"]
+    try:
+        old, saved = LoraConfig.from_pretrained(str(folder)), load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise RecipeError(f"model.adapter_from: {folder} cannot be read: {error}") from error
+    new = model.peft_config["default"]
     if old.lora_alpha / old.r != new.lora_alpha / new.r:
         raise RecipeError(f"lora.alpha: expected {old.lora_alpha / old.r:g} times the rank, as in {folder}")
     weights = get_peft_model_state_dict(model)
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+    for name, tensor in saved.items():
         if "lora_" not in name:
             continue
         place = weights.get(name)
