@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from storm_vlm.evaluation import BENCHMARKS, EvaluationReport, EvaluationSettings, evaluate
+from storm_vlm.evaluation import BENCHMARKS, EvaluationReport, EvaluationSettings, LocalAnswerer, evaluate
 from storm_vlm.pipeline import VideoQA
 from tests.pipeline.conftest import clip, model_folder, video_qa  # noqa: F401 (fixtures)
 
@@ -33,16 +33,18 @@ def run_benchmark(video_qa, monkeypatch, tmp_path):  # noqa: F811 (the fixture)
     def run(name: str, folder: Path, responses: dict[str, str], **settings: Any) -> Run:
         asked: dict[str, dict[str, Any]] = {}
 
-        def ask(self, tokens, prompt, **options):
-            (part,) = [part for part in responses if part in prompt]
+        def ask_batch(self, prompts, **options):
+            (prompt,) = prompts
+            (part,) = [part for part in responses if part in prompt.question]
             assert part not in asked, "each question is asked once"
-            asked[part] = {"prompt": prompt, "tokens": tokens, **options}
-            return type("Stream", (), {"text": lambda stream: responses[part]})()
+            surroundings = {name: getattr(prompt, name) for name in ("system", "captions", "answer_start")}
+            asked[part] = {"prompt": prompt.question, "tokens": prompt.video, **surroundings, **options}
+            return [responses[part]]
 
-        monkeypatch.setattr(VideoQA, "ask", ask)
+        monkeypatch.setattr(VideoQA, "ask_batch", ask_batch)
         benchmark, out = BENCHMARKS[name], tmp_path / f"out-{name}"
         report = evaluate(
-            video_qa,
+            LocalAnswerer(video_qa),
             benchmark.questions(folder),
             out,
             model_name="tiny",

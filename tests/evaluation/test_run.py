@@ -9,6 +9,7 @@ from storm_vlm.errors import DataError
 from storm_vlm.evaluation import (
     Benchmark,
     EvaluationSettings,
+    LocalAnswerer,
     MultipleChoiceQuestion,
     evaluate,
     summarise,
@@ -36,11 +37,11 @@ def says(monkeypatch):
     asked = []
 
     def answer_with(text):
-        def ask(self, tokens, prompt, **options):
-            asked.append((prompt, tokens, options))
-            return type("Stream", (), {"text": lambda stream: text})()
+        def ask_batch(self, prompts, **options):
+            asked.extend((prompt.question, prompt.video, options) for prompt in prompts)
+            return [text] * len(prompts)
 
-        monkeypatch.setattr(VideoQA, "ask", ask)
+        monkeypatch.setattr(VideoQA, "ask_batch", ask_batch)
         return asked
 
     return answer_with
@@ -52,7 +53,7 @@ def read_answers(out):
 
 def test_scores_are_those_of_the_answers(video_qa, questions, says, tmp_path):  # noqa: F811
     asked = says("(A)")
-    report = evaluate(video_qa, questions, tmp_path / "out", model_name="tiny")
+    report = evaluate(LocalAnswerer(video_qa), questions, tmp_path / "out", model_name="tiny")
     assert [prompt for prompt, _, _ in asked] == ["Which? 0", "Which? 1", "Which? 3"]
     assert len({id(tokens) for _, tokens, _ in asked[:2]}) == 1, "one video is encoded once"
     scores = report.accuracies["dev"]
@@ -73,24 +74,24 @@ def test_scores_are_those_of_the_answers(video_qa, questions, says, tmp_path):  
 def test_answers_that_are_wrong_or_name_no_option_score_nothing(video_qa, questions, says, tmp_path):  # noqa: F811
     for text, count in (("B", 0), ("perhaps", 3)):
         says(text)
-        report = evaluate(video_qa, questions, tmp_path / text, model_name="tiny")
+        report = evaluate(LocalAnswerer(video_qa), questions, tmp_path / text, model_name="tiny")
         assert report.accuracies["dev"]["all"].value == 0
         assert report.num_unparseable == count
 
 
 def test_a_cut_run_goes_on_to_the_same_answers(video_qa, questions, tmp_path):  # noqa: F811
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    evaluate(video_qa, questions, whole, model_name="tiny")
+    evaluate(LocalAnswerer(video_qa), questions, whole, model_name="tiny")
 
     def stop(part, done, total):
         if done == 2:
             raise CutError
 
     with pytest.raises(CutError):
-        evaluate(video_qa, questions, cut, model_name="tiny", report_progress=stop)
+        evaluate(LocalAnswerer(video_qa), questions, cut, model_name="tiny", report_progress=stop)
     with (cut / "answers.jsonl").open("a") as file:
         file.write('{"id": "q2", "vid')  # what a kill leaves
-    evaluate(video_qa, questions, cut, model_name="tiny")
+    evaluate(LocalAnswerer(video_qa), questions, cut, model_name="tiny")
     for name in ("answers.jsonl", "report.json", "report.md"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
@@ -98,26 +99,32 @@ def test_a_cut_run_goes_on_to_the_same_answers(video_qa, questions, tmp_path):  
 def test_answers_of_other_settings_are_left_alone(video_qa, questions, says, tmp_path):  # noqa: F811
     says("A")
     out = tmp_path / "out"
-    evaluate(video_qa, questions, out, model_name="tiny")
+    evaluate(LocalAnswerer(video_qa), questions, out, model_name="tiny")
     before = (out / "answers.jsonl").read_bytes()
     with pytest.raises(DataError, match="another num_frames"):
-        evaluate(video_qa, questions, out, model_name="tiny", settings=EvaluationSettings(num_frames=4))
+        evaluate(
+            LocalAnswerer(video_qa),
+            questions,
+            out,
+            model_name="tiny",
+            settings=EvaluationSettings(num_frames=4),
+        )
     with pytest.raises(DataError, match="q3, which is not asked"):
-        evaluate(video_qa, questions[:3], out, model_name="tiny")
+        evaluate(LocalAnswerer(video_qa), questions[:3], out, model_name="tiny")
     assert (out / "answers.jsonl").read_bytes() == before
 
 
 def test_settings_reach_the_video(video_qa, questions, says, tmp_path):  # noqa: F811
     asked = says("A")
     settings = EvaluationSettings(num_frames=8, temporal_pool=4, temporal_sample=2, max_new_tokens=3)
-    evaluate(video_qa, questions[:1], tmp_path / "some", model_name="tiny", settings=settings)
+    evaluate(LocalAnswerer(video_qa), questions[:1], tmp_path / "some", model_name="tiny", settings=settings)
     ((_, tokens, options),) = asked
     assert tokens.patch_grid[0] == 8
     assert tokens.compression.temporal_sample == 2
     assert options["max_new_tokens"] == 3
     asked.clear()
     blind = replace(settings, text_only=True)
-    evaluate(video_qa, questions, tmp_path / "blind", model_name="tiny", settings=blind)
+    evaluate(LocalAnswerer(video_qa), questions, tmp_path / "blind", model_name="tiny", settings=blind)
     assert [tokens for _, tokens, _ in asked] == [None] * 4
 
 
@@ -153,8 +160,8 @@ def test_files_of_other_annotations_are_another_evaluation(video_qa, questions, 
     (tmp_path / "q.json").write_text("1")
     benchmark = Benchmark("b", ("q.json",), lambda folder: questions, "as asked", "as scored")
     options = {"model_name": "tiny", "benchmark": benchmark, "data": tmp_path}
-    report = evaluate(video_qa, questions, tmp_path / "out", **options)
+    report = evaluate(LocalAnswerer(video_qa), questions, tmp_path / "out", **options)
     assert list(report.about["annotations"]) == ["q.json"]
     (tmp_path / "q.json").write_text("2")
     with pytest.raises(DataError, match="another annotations"):
-        evaluate(video_qa, questions, tmp_path / "out", **options)
+        evaluate(LocalAnswerer(video_qa), questions, tmp_path / "out", **options)

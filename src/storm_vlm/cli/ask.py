@@ -58,6 +58,6 @@ def ask(
             json.dumps({"answer": text, "video": video, "question": question, **answer.report.to_dict()})
         )
         return
-    warn_if_untrained(video_qa)
+    warn_if_untrained(is_trained=video_qa.is_projector_trained)
     write_pieces(answer)
     errors_console.print(answer.report.line(), style="dim", highlight=False)

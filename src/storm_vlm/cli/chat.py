@@ -41,7 +41,7 @@ def chat(
             allow_urls=allow_urls,
             progress=progress,
         )
-    warn_if_untrained(video_qa)
+    warn_if_untrained(is_trained=video_qa.is_projector_trained)
     errors_console.print(encoded.line(), style="dim", highlight=False)
     conversation = video_qa.chat(encoded)
     while question := read_question():

@@ -12,7 +12,7 @@ from storm_vlm.cli import options as opt
 from storm_vlm.cli.lists import parse_numbers
 
 if TYPE_CHECKING:
-    from storm_vlm.evaluation import Benchmark
+    from storm_vlm.evaluation import Answerer, Benchmark
 
 _WORLD = "world"
 LIST_PATTERNS = {"frames": r"\d+"}
@@ -45,13 +45,24 @@ def evaluate(
     temporal_sample: opt.TemporalSampleOption = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Show no video, as a control.")] = False,
     max_new_tokens: opt.MaxNewTokensOption = 16,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Questions that are answered together.")
+    ] = 1,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            min=1,
+            help="Workers of the Ray cluster that RAY_ADDRESS names, or of this machine.",
+        ),
+    ] = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = "auto",
 ) -> None:
     """Ask a model a benchmark's questions; answers, scores and settings are written to a folder."""
-    from storm_vlm.cli.session import load_video_qa, warn_if_untrained
+    from storm_vlm.cli.session import warn_if_untrained
     from storm_vlm.cli.terminal import output_console, progress_bars
-    from storm_vlm.evaluation import EvaluationSettings, evaluate_frames
+    from storm_vlm.evaluation import EvaluationSettings, evaluate_frames, process_state
     from storm_vlm.evaluation import evaluate as run_evaluation
 
     num_frames = [] if frames is None else parse_numbers("--frames", frames)
@@ -59,8 +70,8 @@ def evaluate(
         _require_matplotlib()
     benchmark = _benchmark(task, splits, max_videos)
     questions = benchmark.questions(data)
-    video_qa = load_video_qa(model, device=device, dtype=dtype, max_memory_gib=None, cache=False)
-    warn_if_untrained(video_qa)
+    answerer = _answerer(model, device, dtype, ray_workers)
+    warn_if_untrained(is_trained=answerer.describe()["projector_is_trained"])
     settings = EvaluationSettings(
         num_frames=num_frames[0] if num_frames else None,
         temporal_pool=temporal_pool,
@@ -69,14 +80,15 @@ def evaluate(
         text_only=text_only,
         max_new_tokens=max_new_tokens,
     )
-    with progress_bars() as progress:
+    with progress_bars(enabled=process_state().is_main_process) as progress:
         run = partial(
             run_evaluation,
-            video_qa,
+            answerer,
             questions,
             model_name=model or "storm-smol",
             benchmark=benchmark,
             data=data,
+            batch_size=batch_size,
             report_progress=progress,
         )
         if len(num_frames) > 1:
@@ -87,7 +99,25 @@ def evaluate(
             )
         else:
             table = run(out, settings=settings).to_markdown()
-    output_console.print(table, end="", markup=False, highlight=False)
+    if process_state().is_main_process:
+        output_console.print(table, end="", markup=False, highlight=False)
+
+
+def _answerer(model: str | None, device: str, dtype: str, ray_workers: int | None) -> "Answerer":
+    """Returns who asks the model: workers of a cluster, or this process, on a device of its own among several."""
+    from storm_vlm.cli.session import load_video_qa
+    from storm_vlm.errors import StormError
+    from storm_vlm.evaluation import LocalAnswerer, RayAnswerer, process_state
+
+    state = process_state()
+    options = {"dtype": dtype, "max_memory_gib": None, "cache": False}
+    if ray_workers is not None:
+        if state.num_processes > 1:
+            raise StormError("--ray-workers: one process gives out the questions, do not start several")
+        return RayAnswerer(partial(load_video_qa, model, device=device, quiet=True, **options), ray_workers)
+    if state.num_processes > 1 and device == "auto":
+        device = str(state.device)
+    return LocalAnswerer(load_video_qa(model, device=device, quiet=not state.is_main_process, **options))
 
 
 def _require_matplotlib() -> None:

@@ -42,9 +42,9 @@ def load_video_qa(
         )
 
 
-def warn_if_untrained(video_qa: VideoQA) -> None:
+def warn_if_untrained(*, is_trained: bool) -> None:
     """Says so where answers cannot describe the video."""
-    if not video_qa.is_projector_trained:
+    if not is_trained:
         errors_console.print(
             "note: this model's temporal projector is not trained, so its answers do not describe the video",
             style="yellow",

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 from storm_vlm.evaluation.report import EvaluationReport
+from storm_vlm.evaluation.run import process_state
 from storm_vlm.storage import atomic_file
 
 FRAMES_JSON, FRAMES_MARKDOWN, FRAMES_PICTURE = "frames.json", "frames.md", "frames.png"
@@ -27,6 +28,8 @@ def evaluate_frames(
     """
     reports = {count: evaluate_at(count, out / f"frames-{count}") for count in sorted(set(num_frames))}
     table = _table(reports)
+    if not process_state().is_main_process:
+        return table
     content = {str(count): report.to_dict() for count, report in reports.items()}
     for name, data in (
         (FRAMES_JSON, json.dumps(content, indent=1).encode() + b"\n"),

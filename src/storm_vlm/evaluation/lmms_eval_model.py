@@ -15,7 +15,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from storm_vlm.errors import StormError
-from storm_vlm.evaluation.run import EvaluationSettings
+from storm_vlm.evaluation.answering import EvaluationSettings
 from storm_vlm.model.default_model import default_model_path
 from storm_vlm.model.modeling_storm import IGNORED_LABEL
 from storm_vlm.pipeline.loading import load_model

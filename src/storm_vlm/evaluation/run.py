@@ -1,18 +1,23 @@
-"""Asks a model the questions of a benchmark; every answer is on disk before the next is asked for."""
+"""Asks a model the questions of a benchmark; every batch of answers is on disk before the next is asked for.
+
+Processes of accelerate share the questions, each writing a file of its own; the result does not depend on their number.
+"""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.errors import DataError, StormError
+from accelerate import PartialState
+
+from storm_vlm.errors import DataError
+from storm_vlm.evaluation.answering import Answerer, EvaluationSettings, Job, jobs_by_clip, make_jobs
 from storm_vlm.evaluation.benchmark import Benchmark
 from storm_vlm.evaluation.letters import parse_letter
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
-from storm_vlm.evaluation.report import EvaluationReport, summarise
-from storm_vlm.pipeline import VideoQA, VideoTokens
+from storm_vlm.evaluation.report import Answer, EvaluationReport, summarise
 from storm_vlm.storage import atomic_file
 
 ANSWERS_FILE, SETTINGS_FILE, REPORT_FILE, MARKDOWN_FILE = (
@@ -21,36 +26,18 @@ ANSWERS_FILE, SETTINGS_FILE, REPORT_FILE, MARKDOWN_FILE = (
     "report.json",
     "report.md",
 )
+_PART_FILES = "answers-*.jsonl"
+# How long a process waits for the others.
+_LONGEST_WAIT = timedelta(days=7)
 
 
-@dataclass(frozen=True, slots=True)
-class EvaluationSettings:
-    """What an evaluation's answers depend on beside the model and the questions.
-
-    Attributes:
-        num_frames: Frames of each video; the model's default if None.
-        temporal_pool: See `TokenCompression`; the model's default if None, as for the next two.
-        spatial_pool: See `TokenCompression`.
-        temporal_sample: See `TokenCompression`.
-        text_only: Show no video: what a model reaches that cannot see.
-        max_new_tokens: Longest answer.
-    """
-
-    num_frames: int | None = None
-    temporal_pool: int | None = None
-    spatial_pool: int | None = None
-    temporal_sample: int | None = None
-    text_only: bool = False
-    max_new_tokens: int = 16
-
-    def encode_options(self) -> dict[str, int | None]:
-        """Returns the options of `VideoQA.encode`."""
-        names = ("num_frames", "temporal_pool", "spatial_pool", "temporal_sample")
-        return {name: getattr(self, name) for name in names}
+def process_state() -> PartialState:
+    """Returns which of accelerate's processes this is; the first call joins them."""
+    return PartialState(timeout=_LONGEST_WAIT)
 
 
 def evaluate(
-    video_qa: VideoQA,
+    answerer: Answerer,
     questions: Sequence[MultipleChoiceQuestion],
     out: Path,
     *,
@@ -58,12 +45,13 @@ def evaluate(
     benchmark: Benchmark | None = None,
     data: Path | None = None,
     settings: EvaluationSettings | None = None,
+    batch_size: int = 1,
     report_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> EvaluationReport:
     """Asks the questions that are not answered yet, and scores all answers.
 
     Args:
-        video_qa: The model.
+        answerer: The model: a `LocalAnswerer`, or a `RayAnswerer` on several machines.
         questions: The questions; those about one video should follow each other, which is then encoded once.
         out: Folder for ``answers.jsonl`` (one line an answer), ``settings.json``, ``report.json`` and ``report.md``.
         model_name: Name of the model, for the report.
@@ -71,113 +59,100 @@ def evaluate(
             every question weighs the same.
         data: Folder of the benchmark, for the hashes of its annotation files.
         settings: How the videos are seen; the model's defaults if None.
-        report_progress: Is told what is going on, how many questions are answered, and of how many.
+        batch_size: Questions that are answered together.
+        report_progress: Is told what is going on, how many questions this process has answered, and of how many.
 
     Returns:
         The scores. A video that is missing or cannot be read makes its questions wrong, and is named. A folder with the
         answers of other settings or questions is a DataError.
     """
+    state = process_state()
     settings = settings or EvaluationSettings()
     about = {} if benchmark is None else benchmark.describe(data)
-    parse = parse_letter if benchmark is None else benchmark.parse
-    known = _claim(out, {"model": model_name, **about, **asdict(settings), **video_qa.describe()}, questions)
-    with (out / ANSWERS_FILE).open("a", encoding="utf-8") as file:
-        for answer in _answers(video_qa, [q for q in questions if q.identity not in known], settings, parse):
-            file.write(json.dumps(answer) + "\n")
-            file.flush()
-            known[answer["id"]] = answer
-            report_progress("questions", len(known), len(questions))
+    described = {"model": model_name, **about, **asdict(settings), **answerer.describe()}
+    if state.is_main_process:
+        _claim(out, described)
+    state.wait_for_everyone()
+    known = _read_answers(out, questions)
+    state.wait_for_everyone()  # nobody writes while others read
+    jobs = make_jobs(questions, settings, parse_letter if benchmark is None else benchmark.parse, batch_size)
+    share = jobs_by_clip(jobs)[state.process_index :: state.num_processes]
+    _answer(
+        answerer, [job for group in share for job in group], known, _own_file(out, state), report_progress
+    )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        known = _read_answers(out, questions)
+        _join(out, [known[question.identity] for question in questions])
+    state.wait_for_everyone()
     report = summarise(
-        [known[question.identity] for question in questions],
+        list(_read_answers(out, questions).values()),
         model_name,
         mean_over="questions" if benchmark is None else benchmark.mean_over,
         about=about,
     )
-    _write(out / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
-    _write(out / MARKDOWN_FILE, report.to_markdown())
+    if state.is_main_process:
+        _write(out / REPORT_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+        _write(out / MARKDOWN_FILE, report.to_markdown())
     return report
 
 
-def _answers(
-    video_qa: VideoQA,
-    questions: Sequence[MultipleChoiceQuestion],
-    settings: EvaluationSettings,
-    parse: Callable[[str, Sequence[str]], str | None],
-) -> Iterator[dict[str, Any]]:
-    for _, about in groupby(questions, key=lambda question: question.clip):
-        group = list(about)
-        tokens, error = None, None
-        if not settings.text_only:
-            tokens, error = _encode(video_qa, group[0], settings)
-        for question in group:
-            response = _ask(video_qa, tokens, question, settings) if error is None else ""
-            chosen = parse(response, question.options)
-            yield {
-                "id": question.identity,
-                "video": question.video.name,
-                "split": question.split,
-                "task": question.task,
-                "groups": list(question.groups),
-                "circle": question.circle,
-                "answer": question.answer,
-                "response": response,
-                "chosen": chosen,
-                "is_right": chosen == question.answer,
-                "error": error,
-            }
+def _own_file(out: Path, state: PartialState) -> Path:
+    return out / (ANSWERS_FILE if state.is_main_process else f"answers-{state.process_index}.jsonl")
 
 
-def _encode(
-    video_qa: VideoQA, question: MultipleChoiceQuestion, settings: EvaluationSettings
-) -> tuple[VideoTokens | None, str | None]:
-    try:
-        return video_qa.encode(
-            question.video,
-            start_seconds=question.start_seconds,
-            end_seconds=question.end_seconds,
-            folder_fps=question.folder_fps,
-            **settings.encode_options(),  # type: ignore[arg-type]  # all are numbers
-        ), None
-    except StormError as error:
-        return None, str(error)
+def _answer(
+    answerer: Answerer,
+    jobs: Sequence[Job],
+    known: dict[str, Answer],
+    file: Path,
+    report_progress: Callable[[str, int, int], None],
+) -> None:
+    """Does the jobs that are not done; one that a kill cut short is done again as a whole."""
+    identities = [question.identity for job in jobs for question in job.questions]
+    num_known = len(known.keys() & set(identities))
+    missing = [job for job in jobs if any(question.identity not in known for question in job.questions)]
+    with file.open("a", encoding="utf-8") as lines:
+        for answers in answerer.answer(missing):
+            new = [answer for answer in answers if answer["id"] not in known]
+            lines.write("".join(json.dumps(answer) + "\n" for answer in new))
+            lines.flush()
+            num_known += len(new)
+            report_progress("questions", num_known, len(identities))
 
 
-def _ask(
-    video_qa: VideoQA,
-    tokens: VideoTokens | None,
-    question: MultipleChoiceQuestion,
-    settings: EvaluationSettings,
-) -> str:
-    times = () if tokens is None else tokens.timestamps_seconds
-    preamble = "" if question.preamble is None else question.preamble(times)
-    return video_qa.ask(
-        tokens,
-        preamble + question.prompt,
-        system=question.system,
-        captions=() if question.captions is None else question.captions(times),
-        answer_start=question.answer_start,
-        max_new_tokens=settings.max_new_tokens,
-    ).text()
+def _join(out: Path, answers: Sequence[Answer]) -> None:
+    """Writes all answers into one file, in the order of the questions, and removes the processes' own."""
+    _write(out / ANSWERS_FILE, "".join(json.dumps(answer) + "\n" for answer in answers))
+    for file in out.glob(_PART_FILES):
+        file.unlink()
 
 
-def _claim(
-    out: Path, settings: dict[str, Any], questions: Sequence[MultipleChoiceQuestion]
-) -> dict[str, dict[str, Any]]:
-    """Returns the answers that the folder holds already; a line that a kill cut short is dropped."""
-    file, settings_file = out / ANSWERS_FILE, out / SETTINGS_FILE
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Takes a folder for these settings; lines that a kill cut short are dropped."""
+    settings_file = out / SETTINGS_FILE
     if not settings_file.is_file():
         _write(settings_file, json.dumps(settings, indent=1) + "\n")
     elif (found := json.loads(settings_file.read_text(encoding="utf-8"))) != settings:
         changed = sorted(name for name in settings if found.get(name) != settings[name])
         raise DataError(f"{out} holds answers with another {', '.join(changed)}: choose another folder")
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        _write(file, "".join(lines))
+    for file in _answer_files(out):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            _write(file, "".join(lines[:-1]))
+
+
+def _read_answers(out: Path, questions: Sequence[MultipleChoiceQuestion]) -> dict[str, Answer]:
+    """Returns the answers that a folder holds, in the order of its files."""
+    lines = [line for file in _answer_files(out) for line in file.read_text(encoding="utf-8").splitlines()]
     known = {answer["id"]: answer for answer in map(json.loads, lines)}
     if foreign := known.keys() - {question.identity for question in questions}:
         raise DataError(f"{out} holds an answer to {min(foreign)}, which is not asked: choose another folder")
     return known
+
+
+def _answer_files(out: Path) -> list[Path]:
+    return [*out.glob(ANSWERS_FILE), *sorted(out.glob(_PART_FILES))]
 
 
 def _write(file: Path, text: str) -> None:

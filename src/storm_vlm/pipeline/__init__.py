@@ -3,7 +3,7 @@
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream
 from storm_vlm.pipeline.encoding import Progress
 from storm_vlm.pipeline.memory import MemoryEstimate, estimate_memory
-from storm_vlm.pipeline.prompt import Caption
+from storm_vlm.pipeline.prompt import Caption, Prompt
 from storm_vlm.pipeline.video_qa import Chat, VideoQA
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens
 
@@ -14,6 +14,7 @@ __all__ = [
     "Chat",
     "MemoryEstimate",
     "Progress",
+    "Prompt",
     "Provenance",
     "VideoQA",
     "VideoTokens",

@@ -51,7 +51,7 @@ class PrefixCache:
         cache = self._cache
         length = self._common_length(token_ids, video) if weights == self._weights else 0
         self.clear()  # whoever fails while generating leaves nothing behind
-        if cache is None or length == 0 or not _can_be_cut(cache):
+        if cache is None or length == 0 or not can_be_cut(cache):
             return DynamicCache(config=self.text_config), 0
         surplus = cache.get_seq_length() - length
         if surplus > 0:
@@ -105,6 +105,6 @@ def _is_same(one: VideoTokens | None, other: VideoTokens | None) -> bool:
     return one.tokens.device == other.tokens.device and torch.equal(one.tokens, other.tokens)
 
 
-def _can_be_cut(cache: DynamicCache) -> bool:
+def can_be_cut(cache: DynamicCache) -> bool:
     """Whether every layer keeps all its tokens: sliding windows and recurrent layers forget."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -3,6 +3,7 @@
 import logging
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from storm_vlm.errors import BudgetError, StormError
@@ -13,6 +14,25 @@ logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 Caption = tuple[float, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question and what surrounds it.
+
+    Attributes:
+        video: The encoded video that it is about, or None.
+        question: The question.
+        system: A system message.
+        captions: Seconds and texts, such as subtitles, to write between the frames, in order.
+        answer_start: How the answer begins; the model goes on from there.
+    """
+
+    video: VideoTokens | None
+    question: str
+    system: str | None = None
+    captions: Sequence[Caption] = ()
+    answer_start: str = ""
 
 
 def text_message(processor: StormProcessor, role: str, text: str, *, with_video: bool = False) -> Message:
@@ -38,6 +58,14 @@ def text_message(processor: StormProcessor, role: str, text: str, *, with_video:
             raise StormError(f"the {name} contains {token}, which stands for a picture: leave it out")
     content = [{"type": "video"}] if with_video else []
     return {"role": role, "content": [*content, {"type": "text", "text": text}]}
+
+
+def question_messages(
+    processor: StormProcessor, question: str, *, system: str | None, with_video: bool
+) -> list[Message]:
+    """Returns a conversation of one question; see `text_message`."""
+    messages = [text_message(processor, "system", system)] if system else []
+    return [*messages, text_message(processor, "user", question, with_video=with_video)]
 
 
 def answer_message(processor: StormProcessor, text: str) -> Message:

@@ -18,6 +18,7 @@ from storm_vlm.model import StormForConditionalGeneration, StormProcessor, Token
 from storm_vlm.model.cache_name import CACHE_NAME
 from storm_vlm.model.image_processing_storm import check_size
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream, GenerationWatch
+from storm_vlm.pipeline.batch import generate_batch
 from storm_vlm.pipeline.encoding import Progress, encode_frames
 from storm_vlm.pipeline.identity import ContentHashes, EncoderFingerprint, cache_key, weights_state
 from storm_vlm.pipeline.loading import load_model
@@ -26,9 +27,11 @@ from storm_vlm.pipeline.prefix_cache import PrefixCache
 from storm_vlm.pipeline.prompt import (
     Caption,
     Message,
+    Prompt,
     answer_message,
     check_context,
     prompt_token_ids,
+    question_messages,
     text_message,
 )
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens, VideoTokensCache
@@ -241,8 +244,7 @@ class VideoQA:
         Raises:
             StormError: Options of encoding are given where there is nothing to encode.
         """
-        messages = [text_message(self.processor, "system", system)] if system else []
-        messages.append(text_message(self.processor, "user", question, with_video=video is not None))
+        messages = question_messages(self.processor, question, system=system, with_video=video is not None)
         is_encoded_now = False
         if video is not None and not isinstance(video, VideoTokens):
             before = self._last_encoded
@@ -262,6 +264,38 @@ class VideoQA:
             is_encoded_now=is_encoded_now,
         )
 
+    def ask_batch(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 128) -> list[str]:
+        """Answers several questions at once, each with the likeliest tokens.
+
+        Args:
+            prompts: The questions, at least one. Those about one video are fastest: it is read once for all of them, and
+                kept for the next call.
+            max_new_tokens: Longest answer.
+
+        Returns:
+            The answers, in the order of the questions; what cannot be answered is an error as in `ask`.
+        """
+        sampling = _sampling(max_new_tokens, temperature=0.0, top_p=1.0)
+        token_ids = [self._prompt_ids(prompt) for prompt in prompts]
+        rooms = [
+            check_context(
+                ids, prompt.video, self.context_length, max_new_tokens, self.processor.video_token_id
+            )
+            for ids, prompt in zip(token_ids, prompts, strict=True)
+        ]
+        num_tokens, num_new_tokens = len(prompts) * max(map(len, token_ids)), min(rooms)
+        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
+        check_prompt_memory(self.model, num_tokens, len(prompts) * num_new_tokens, free_bytes)
+        with self._lock:
+            return generate_batch(
+                self.model,
+                self.processor,
+                self._prefix,
+                token_ids,
+                [prompt.video for prompt in prompts],
+                sampling | {"max_new_tokens": num_new_tokens},
+            )
+
     def chat(self, video: VideoTokens | VideoSource | None, *, system: str | None = None) -> "Chat":
         """Begins a conversation about a video, which is encoded once.
 
@@ -280,6 +314,19 @@ class VideoQA:
     def _patch_grid_hw(self) -> tuple[int, int]:
         processor = self.processor.video_processor
         return check_size(processor.size, processor.patch_size)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        self._check_width(prompt.video)
+        messages = question_messages(
+            self.processor, prompt.question, system=prompt.system, with_video=prompt.video is not None
+        )
+        return prompt_token_ids(
+            self.processor,
+            messages,
+            prompt.video,
+            captions=prompt.captions,
+            answer_start=prompt.answer_start,
+        )
 
     def _known(self, key: str | None) -> VideoTokens | None:
         """Returns an encoded video from this process or from the disk."""
