@@ -110,14 +110,14 @@ def _answerer(model: str | None, device: str, dtype: str, ray_workers: int | Non
     from storm_vlm.evaluation import LocalAnswerer, RayAnswerer, process_state
 
     state = process_state()
-    options = {"dtype": dtype, "max_memory_gib": None, "cache": False}
+    load = partial(load_video_qa, model, dtype=dtype, max_memory_gib=None, cache=False)
     if ray_workers is not None:
         if state.num_processes > 1:
             raise StormError("--ray-workers: one process gives out the questions, do not start several")
-        return RayAnswerer(partial(load_video_qa, model, device=device, quiet=True, **options), ray_workers)
+        return RayAnswerer(partial(load, device=device, quiet=True), ray_workers)
     if state.num_processes > 1 and device == "auto":
         device = str(state.device)
-    return LocalAnswerer(load_video_qa(model, device=device, quiet=not state.is_main_process, **options))
+    return LocalAnswerer(load(device=device, quiet=not state.is_main_process))
 
 
 def _require_matplotlib() -> None:
