@@ -1,22 +1,11 @@
-"""Evaluations by several processes and by a cluster's workers: the files are those of one process."""
+"""Evaluations by several processes: the files are those of one process."""
 
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
-from storm_vlm.errors import StormError
-from storm_vlm.evaluation import (
-    BENCHMARKS,
-    EvaluationSettings,
-    LocalAnswerer,
-    RayAnswerer,
-    evaluate,
-    read_world_questions,
-)
-from storm_vlm.pipeline import VideoQA
 from tests.evaluation.conftest import write_json
 from tests.pipeline.conftest import clip, model_folder  # noqa: F401 (fixtures)
 
@@ -61,32 +50,3 @@ def test_two_processes_write_what_one_writes(world, model_folder, tmp_path):  # 
     for name in FILES:
         assert (two / name).read_bytes() == (one / name).read_bytes()
     assert sorted(path.name for path in two.iterdir()) == sorted(FILES)
-
-
-def load_tiny(folder):
-    return VideoQA.from_pretrained(folder, dtype="float32", device="cpu", use_cache=False)
-
-
-def test_workers_of_a_cluster_write_what_one_process_writes(world, model_folder, tmp_path):  # noqa: F811
-    pytest.importorskip("ray", reason="an extra")
-    benchmark = BENCHMARKS["world"]
-    questions = read_world_questions(world, ["test_long"])
-    load = partial(load_tiny, model_folder)
-    answerers = {"one": LocalAnswerer(load()), "workers": RayAnswerer(load, 2)}
-    for name, answerer in answerers.items():
-        settings = EvaluationSettings(max_new_tokens=4)
-        evaluate(
-            answerer, questions, tmp_path / name, model_name="tiny", benchmark=benchmark, settings=settings
-        )
-    for name in FILES:
-        assert (tmp_path / "workers" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    with pytest.raises(StormError, match="no model"):
-        RayAnswerer(partial(load_tiny, tmp_path / "no model"), 1).describe()
-    with pytest.raises(StormError, match="100000 workers"):
-        RayAnswerer(load, 100_000)
-
-
-def test_ray_is_an_extra(monkeypatch):
-    monkeypatch.setattr("storm_vlm.evaluation.ray_answering.ray", None)
-    with pytest.raises(StormError, match=r"storm-vlm\[ray\]"):
-        RayAnswerer(load_tiny, 2)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from storm_vlm.errors import DataError
@@ -33,7 +34,7 @@ _LONGEST_WAIT = timedelta(days=7)
 
 def process_state() -> PartialState:
     """Returns which of accelerate's processes this is; the first call joins them."""
-    return PartialState(timeout=_LONGEST_WAIT)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
 
 
 def evaluate(
@@ -51,7 +52,7 @@ def evaluate(
     """Asks the questions that are not answered yet, and scores all answers.
 
     Args:
-        answerer: The model: a `LocalAnswerer`, or a `RayAnswerer` on several machines.
+        answerer: The model, such as a `LocalAnswerer`.
         questions: The questions; those about one video should follow each other, which is then encoded once.
         out: Folder for ``answers.jsonl`` (one line an answer), ``settings.json``, ``report.json`` and ``report.md``.
         model_name: Name of the model, for the report.
