@@ -3,15 +3,18 @@
     python recipes/demo_words.py --out runs/demo-words [--videos 2000] [--steps 2600]
 
 The scripts of the synthetic world say what each frame shows: a thing, which way it moves or in which corner it stays or
-what it has changed to, a word on the screen. The nine visual tokens of a group of frames are drawn to the embeddings of the
-tokens of these words, in this order, so that the language model finds text where it has learned to read text. It does not
-run itself. That the Mamba layers have to bring the words to their places, from wherever the thing is, they learn with them.
+what it has changed to, a word on the screen. The nine visual tokens of a group of frames learn to choose the tokens of
+these words, in this order, from the vocabulary of the language model, which then finds text where it has learned to read
+text (`vocabulary_readout` of the projector's config). It does not run itself. To bring the words to their places, from
+wherever the thing is, the Mamba layers learn with them.
 
 It needs `storm setup-demo` and the videos of `storm world generate --out recipes/data/world`.
 """
 
 import argparse
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,20 +28,24 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from storm_vlm.data.world import Script
 from storm_vlm.data.world.questions import CORNERS
 from storm_vlm.data.world.rendering import position
-from storm_vlm.model import StormForConditionalGeneration, StormProcessor, TokenCompression
+from storm_vlm.model import ComposeOptions, StormForConditionalGeneration, StormProcessor, TokenCompression
 from storm_vlm.model.adapter import save_adapter_settings, save_projector
 from storm_vlm.model.default_model import compose_default_parts
 from storm_vlm.video import read_video
 
 WORLD = Path("recipes/data/world/train")
-NUM_FRAMES, COMPRESSION = 32, TokenCompression(temporal_pool=4, spatial_pool=4)
-# Tokens of a group: of the thing's name, of what it does, none, of the word on the screen.
-PLACES = {"name": range(3), "action": range(3, 5), "word": range(6, 9)}
+NUM_FRAMES, COMPRESSION = 32, TokenCompression(temporal_pool=2, spatial_pool=4)
+OPTIONS = ComposeOptions(
+    {"vocabulary_readout": True}, temporal_pool=2, spatial_pool=4, num_frames=NUM_FRAMES, frame_separator="timestamp"
+)
+# Tokens of a group: of the thing's name, up to the last place, of what it does, none, of the word on the screen.
+PLACES = {"name": range(4), "action": range(4, 6), "word": range(7, 9)}
 NUM_PLACES = 9
 HELD_OUT, BATCH_SIZE = 64, 4
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP_STEPS = 1e-3, 0.01, 50
-# Weight of the distance to an embedding, of places without a word, and how sharply tokens are told apart by the angle.
-DISTANCE_WEIGHT, EMPTY_WEIGHT, SHARPNESS = 0.5, 0.1, 12.0
+# Weight of places without a word: they are many, and soon known.
+EMPTY_WEIGHT = 0.1
+NUM_DRAWN = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ class Videos:
 
     Attributes:
         features: Patch features, ``(num_videos, t, h, w, c)``, bfloat16.
-        token_ids: The tokens that each frame says, ``(num_videos, t, 9)``.
+        token_ids: The tokens that each group of frames says, ``(num_videos, g, 9)``.
     """
 
     features: torch.Tensor
@@ -76,14 +83,19 @@ def tell(script: Script, seconds: float) -> dict[str, str]:
     return told
 
 
-def spell(told: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens of a frame's words, each kind in its places; what is left of them says a new line."""
+def spell(frames: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the tokens of a group of frames, each kind of word in its places; what is left of them says a new line.
+
+    Of each kind the word of most frames counts, and of the earlier ones where as many say another.
+    """
     (empty,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
     token_ids = [empty] * NUM_PLACES
-    for kind, word in told.items():
-        spelled = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        for place, token_id in zip(PLACES[kind], spelled, strict=False):
-            token_ids[place] = token_id
+    for kind, places in PLACES.items():
+        words = Counter(frame[kind] for frame in frames if kind in frame).most_common(1)
+        if words:
+            spelled = tokenizer(f" {words[0][0]}", add_special_tokens=False)["input_ids"][: len(places)]
+            first = places.stop - len(spelled) if kind == "name" else places.start
+            token_ids[first : first + len(spelled)] = spelled
     return token_ids
 
 
@@ -107,7 +119,8 @@ def read_videos(
 ) -> Videos:
     """Reads videos with their scripts and encodes them."""
     loader = DataLoader(Frames(scripts, processor), batch_size=None, num_workers=1)
-    token_ids = torch.empty(len(scripts), NUM_FRAMES, NUM_PLACES, dtype=torch.long)
+    group_size = COMPRESSION.temporal_pool
+    token_ids = torch.empty(len(scripts), NUM_FRAMES // group_size, NUM_PLACES, dtype=torch.long)
     features = torch.empty(0)
     for number, (pixels, times) in enumerate(track(loader, "videos", total=len(scripts))):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -115,66 +128,51 @@ def read_videos(
         if number == 0:
             features = encoded.new_empty(len(scripts), *encoded.shape)
         features[number] = encoded
-        said = [spell(tell(scripts[number], seconds), processor.tokenizer) for seconds in times]
-        token_ids[number] = torch.tensor(said)
+        told = [tell(scripts[number], seconds) for seconds in times]
+        groups = [told[first : first + group_size] for first in range(0, NUM_FRAMES, group_size)]
+        token_ids[number] = torch.tensor([spell(group, processor.tokenizer) for group in groups])
     return Videos(features, token_ids)
 
 
-class Telling:
-    """The loss of a projector's tokens against the embeddings of words.
+class Choosing:
+    """The scores with which visual tokens choose from the vocabulary, and their loss.
 
-    Shapes: ``b`` videos, ``g`` groups of four frames, ``v`` tokens that videos say, ``d`` the language model's width.
+    Shapes: ``b`` videos, ``g`` groups of frames, ``v`` tokens of the vocabulary.
     """
 
-    def __init__(
-        self, videos: Videos, model: StormForConditionalGeneration, processor: StormProcessor
-    ) -> None:
-        self.features, self.projector = videos.features, model.temporal_projector
-        vocabulary, said = videos.token_ids.unique(return_inverse=True)
-        self.said = said.unflatten(1, (-1, COMPRESSION.temporal_pool))  # (num_videos, g, 4, 9)
-        embeddings = model.get_input_embeddings().weight.detach()
-        self.mean = embeddings.mean(0)
-        self.size = (embeddings - self.mean).square().mean().sqrt()
-        self.embeddings = embeddings[vocabulary] - self.mean
-        (empty,) = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self.empty = int((vocabulary == empty).nonzero())
-        # New weights make tokens that are larger: they are trained as they are and brought to size afterwards.
-        self.ratio = 1.0
-        with torch.no_grad():
-            tokens = self.tokens(torch.arange(BATCH_SIZE)) + self.mean
-        self.ratio = float(tokens.square().mean().sqrt() / self.size)
+    def __init__(self, model: StormForConditionalGeneration, token_ids: torch.Tensor, empty: int) -> None:
+        self.projector = model.temporal_projector
+        self.embeddings = model.get_input_embeddings().weight.detach()
+        self.said = token_ids.unique()
+        is_said = torch.isin(torch.arange(len(self.embeddings)), self.said)
+        self.never_said = (~is_said).nonzero().squeeze(1)
+        self.weights = torch.ones(len(self.said) + NUM_DRAWN)
+        self.weights[torch.searchsorted(self.said, empty)] = EMPTY_WEIGHT
 
-    def tokens(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Returns the tokens of videos, ``(b, g, 9, d)``, without the mean embedding."""
+    def scores(self, features: torch.Tensor, candidates: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Returns the scores of the vocabulary or of some of its tokens, ``(b, g, 9, v)``: see `vocabulary_readout`."""
         with torch.autocast("cpu", torch.bfloat16):
-            videos = self.projector(list(self.features[chosen].float()))
-        tokens = torch.stack([COMPRESSION(video) for video in videos]).flatten(2, 3).float()
-        return tokens / self.ratio - self.mean
+            videos = self.projector(list(features.float()))
+            tokens = torch.stack([COMPRESSION(video) for video in videos]).flatten(2, 3)
+            embeddings = self.embeddings[candidates] / math.sqrt(self.embeddings.shape[1])
+            return functional.linear(tokens, embeddings).float()
 
-    @torch.no_grad()
-    def rescale(self) -> None:
-        """Brings the projector's tokens to the size of embeddings: its Mamba layers begin with a norm."""
-        for name, parameter in self.projector.named_parameters():
-            if name.startswith("input_projection") or name.endswith("out_proj.weight"):
-                parameter /= self.ratio
+    def loss(self, features: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Returns the cross entropy; of the tokens that no video says some are drawn, and stand for all of them."""
+        drawn = self.never_said[torch.randint(len(self.never_said), (NUM_DRAWN,))]
+        scores = self.scores(features, torch.cat([self.said, drawn]))
+        scores[..., len(self.said) :] += math.log(len(self.never_said) / NUM_DRAWN)
+        targets = torch.searchsorted(self.said, token_ids)
+        return functional.cross_entropy(scores.flatten(0, 2), targets.flatten(), self.weights)
 
-    def loss(self, chosen: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Returns the loss and, for each kind of word, the share of right tokens where four frames say the same."""
-        tokens, said = self.tokens(chosen), self.said[chosen].transpose(2, 3)  # (b, g, 9, 4)
-        shares = functional.one_hot(said, len(self.embeddings)).float().mean(3)  # (b, g, 9, v)
-        angles = functional.normalize(tokens, dim=-1) @ functional.normalize(self.embeddings, dim=-1).T
-        missed = -(shares * functional.log_softmax(SHARPNESS * angles, -1)).sum(-1)
-        distance = ((tokens - shares @ self.embeddings) / self.size).square().mean(-1)
-        is_empty = shares[..., self.empty] == 1
-        weights = torch.where(is_empty, EMPTY_WEIGHT, 1.0)
-        loss = ((missed + DISTANCE_WEIGHT * distance) * weights).sum() / weights.sum()
-        is_right = shares.gather(-1, angles.argmax(-1, keepdim=True)).squeeze(-1) == 1
-        is_clear = (shares.amax(-1) == 1) & ~is_empty
-        right = {
-            kind: float(is_right[..., list(places)][is_clear[..., list(places)]].float().mean())
-            for kind, places in PLACES.items()
-        }
-        return loss, right
+
+def right_shares(written: torch.Tensor, token_ids: torch.Tensor, empty: int) -> dict[str, float]:
+    """Returns for each kind of word the share of its tokens that are right."""
+    is_right, is_said = written == token_ids, token_ids != empty
+    return {
+        kind: float(is_right[..., list(places)][is_said[..., list(places)]].float().mean())
+        for kind, places in PLACES.items()
+    }
 
 
 def main() -> None:
@@ -192,27 +190,31 @@ def main() -> None:
     if len(files) <= HELD_OUT:
         parser.error(f"--videos: expected more than the {HELD_OUT} that are held out, found {len(files)}")
     scripts = [Script.from_dict(json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    model, processor = compose_default_parts()
-    telling = Telling(read_videos(scripts, model, processor), model, processor)
+    model, processor = compose_default_parts(OPTIONS)
+    model.requires_grad_(False)
+    projector = model.temporal_projector.requires_grad_(True)
+    videos = read_videos(scripts, model, processor)
+    (empty,) = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    choosing = Choosing(model, videos.token_ids, empty)
     held_out, num_trained = torch.arange(len(files) - HELD_OUT, len(files)), len(files) - HELD_OUT
-    optimizer = torch.optim.AdamW(
-        telling.projector.requires_grad_(True).parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY
-    )
+    optimizer = torch.optim.AdamW(projector.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARM_UP_STEPS, arguments.steps)
     for step in range(1, arguments.steps + 1):
-        loss, _ = telling.loss(torch.randint(num_trained, (BATCH_SIZE,)))
+        chosen = torch.randint(num_trained, (BATCH_SIZE,))
+        loss = choosing.loss(videos.features[chosen], videos.token_ids[chosen])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(telling.projector.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 200 == 0:
+            parts = held_out.split(BATCH_SIZE)
             with torch.no_grad():
-                _, right = telling.loss(held_out)
+                written = torch.cat([choosing.scores(videos.features[part]).argmax(-1) for part in parts])
+            right = right_shares(written, videos.token_ids[held_out], empty)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in right.items())
             console.print(f"step {step}: loss {loss.item():.3f}, right on held-out videos: {told}")
-    telling.rescale()
-    save_projector(telling.projector.state_dict(), arguments.out)
+    save_projector(projector.state_dict(), arguments.out)
     save_adapter_settings(model.config, processor, arguments.out)
 
 

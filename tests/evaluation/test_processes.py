@@ -1,11 +1,22 @@
-"""Evaluations by several processes: the files are those of one process."""
+"""Evaluations by several processes and by a cluster's workers: the files are those of one process."""
 
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
+from storm_vlm.errors import ModelError, StormError
+from storm_vlm.evaluation import (
+    BENCHMARKS,
+    EvaluationSettings,
+    LocalAnswerer,
+    RayAnswerer,
+    evaluate,
+    read_world_questions,
+)
+from storm_vlm.pipeline import VideoQA
 from tests.evaluation.conftest import write_json
 from tests.pipeline.conftest import clip, model_folder  # noqa: F401 (fixtures)
 
@@ -50,3 +61,45 @@ def test_two_processes_write_what_one_writes(world, model_folder, tmp_path):  # 
     for name in FILES:
         assert (two / name).read_bytes() == (one / name).read_bytes()
     assert sorted(path.name for path in two.iterdir()) == sorted(FILES)
+
+
+def load_tiny(folder):
+    return VideoQA.from_pretrained(folder, dtype="float32", device="cpu", use_cache=False)
+
+
+@pytest.fixture
+def cluster():
+    """A cluster of two CPUs on this machine."""
+    ray = pytest.importorskip("ray", reason="an extra")
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_of_a_cluster_write_what_one_process_writes(world, model_folder, tmp_path):  # noqa: F811
+    benchmark = BENCHMARKS["world"]
+    questions = read_world_questions(world, ["test_long"])
+    load = partial(load_tiny, model_folder)
+    for name, answerer in {"one": LocalAnswerer(load()), "workers": RayAnswerer(load, 2)}.items():
+        settings = EvaluationSettings(max_new_tokens=4)
+        evaluate(
+            answerer, questions, tmp_path / name, model_name="tiny", benchmark=benchmark, settings=settings
+        )
+    for name in FILES:
+        assert (tmp_path / "workers" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_mistakes_that_workers_find_are_named(model_folder, tmp_path):  # noqa: F811
+    with pytest.raises(ModelError, match="no model") as raised:
+        RayAnswerer(partial(load_tiny, tmp_path / "no model"), 1).describe()
+    assert "Traceback" not in str(raised.value)
+    with pytest.raises(StormError, match="100000 workers"):
+        RayAnswerer(partial(load_tiny, model_folder), 100_000)
+
+
+def test_ray_is_an_extra(monkeypatch):
+    monkeypatch.setattr("storm_vlm.evaluation.ray_answering.ray", None)
+    with pytest.raises(StormError, match=r"storm-vlm\[ray\]"):
+        RayAnswerer(load_tiny, 2)

@@ -48,6 +48,14 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Questions that are answered together.")
     ] = 1,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            min=1,
+            help="Workers of the Ray cluster that RAY_ADDRESS names, or of this machine.",
+        ),
+    ] = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = "auto",
 ) -> None:
@@ -62,7 +70,7 @@ def evaluate(
         _require_matplotlib()
     benchmark = _benchmark(task, splits, max_videos)
     questions = benchmark.questions(data)
-    answerer = _answerer(model, device, dtype)
+    answerer = _answerer(model, device, dtype, ray_workers)
     warn_if_untrained(is_trained=answerer.describe()["projector_is_trained"])
     settings = EvaluationSettings(
         num_frames=num_frames[0] if num_frames else None,
@@ -95,18 +103,21 @@ def evaluate(
         output_console.print(table, end="", markup=False, highlight=False)
 
 
-def _answerer(model: str | None, device: str, dtype: str) -> "Answerer":
-    """Loads the model; each of several processes takes a device of its own."""
+def _answerer(model: str | None, device: str, dtype: str, ray_workers: int | None) -> "Answerer":
+    """Returns who asks the model: workers of a cluster, or this process, on a device of its own among several."""
     from storm_vlm.cli.session import load_video_qa
-    from storm_vlm.evaluation import LocalAnswerer, process_state
+    from storm_vlm.errors import StormError
+    from storm_vlm.evaluation import LocalAnswerer, RayAnswerer, process_state
 
     state = process_state()
+    load = partial(load_video_qa, model, dtype=dtype, max_memory_gib=None, cache=False)
+    if ray_workers is not None:
+        if state.num_processes > 1:
+            raise StormError("--ray-workers: one process gives out the questions, do not start several")
+        return RayAnswerer(partial(load, device=device, quiet=True), ray_workers)
     if state.num_processes > 1 and device == "auto":
         device = str(state.device)
-    video_qa = load_video_qa(
-        model, device=device, dtype=dtype, max_memory_gib=None, cache=False, quiet=not state.is_main_process
-    )
-    return LocalAnswerer(video_qa)
+    return LocalAnswerer(load(device=device, quiet=not state.is_main_process))
 
 
 def _require_matplotlib() -> None:

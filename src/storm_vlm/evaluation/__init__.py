@@ -6,6 +6,7 @@ from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.frames import evaluate_frames
 from storm_vlm.evaluation.letters import parse_letter
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
+from storm_vlm.evaluation.ray_answering import RayAnswerer
 from storm_vlm.evaluation.report import Accuracy, EvaluationReport, summarise
 from storm_vlm.evaluation.run import evaluate, process_state
 from storm_vlm.evaluation.world import read_world_questions
@@ -19,6 +20,7 @@ __all__ = [
     "EvaluationSettings",
     "LocalAnswerer",
     "MultipleChoiceQuestion",
+    "RayAnswerer",
     "evaluate",
     "evaluate_frames",
     "parse_letter",

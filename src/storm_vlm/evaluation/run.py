@@ -52,7 +52,7 @@ def evaluate(
     """Asks the questions that are not answered yet, and scores all answers.
 
     Args:
-        answerer: The model, such as a `LocalAnswerer`.
+        answerer: The model: a `LocalAnswerer`, or a `RayAnswerer` on several machines.
         questions: The questions; those about one video should follow each other, which is then encoded once.
         out: Folder for ``answers.jsonl`` (one line an answer), ``settings.json``, ``report.json`` and ``report.md``.
         model_name: Name of the model, for the report.

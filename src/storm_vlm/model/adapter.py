@@ -25,8 +25,8 @@ _SETTINGS, _PROJECTOR, _LORA = "storm_adapter.json", "temporal_projector.safeten
 _LORA_WEIGHTS, _PROJECTOR_PREFIX = "adapter_model.safetensors", ".temporal_projector."
 _COMPRESSION = ("temporal_pool", "spatial_pool", "temporal_sample")
 _PROJECTOR_FIELDS = (
-    "hidden_size", "projector_type", "downsample", "num_mamba_layers", "bidirectional", "d_state", "d_conv",
-    "expand", "dt_rank", "norm_eps",
+    "hidden_size", "projector_type", "downsample", "num_mamba_layers", "bidirectional", "vocabulary_readout",
+    "d_state", "d_conv", "expand", "dt_rank", "norm_eps",
 )  # fmt: skip
 
 

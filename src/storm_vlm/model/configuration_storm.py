@@ -41,6 +41,8 @@ class TemporalProjectorConfig(PreTrainedConfig):
         downsample: Patches merged into one token by pixel shuffle, a perfect square.
         num_mamba_layers: Residual Mamba layers; 0 for none.
         bidirectional: Scan both ways; False for streaming.
+        vocabulary_readout: Each compressed token chooses from the language model's input embeddings; see
+            `vocabulary_readout`.
         zero_init_residual: Begin as if there were no Mamba layers.
         d_state: State size of each channel.
         d_conv: Width of the causal convolution.
@@ -61,6 +63,7 @@ class TemporalProjectorConfig(PreTrainedConfig):
     downsample: int = 4
     num_mamba_layers: int = 1
     bidirectional: bool = True
+    vocabulary_readout: bool = False
     zero_init_residual: bool = False
     d_state: int = 16
     d_conv: int = 4

@@ -24,6 +24,7 @@ from storm_vlm.model.configuration_storm import StormConfig
 from storm_vlm.model.mamba_mixer import MambaMixer
 from storm_vlm.model.temporal_projector import TemporalProjector
 from storm_vlm.model.token_compression import TokenCompression
+from storm_vlm.model.vocabulary_readout import vocabulary_readout
 from storm_vlm.model.vision_features import extract_features
 
 # Inputs that describe pictures: they matter while the prompt is read and never again.
@@ -213,6 +214,8 @@ class StormModel(StormPreTrainedModel):
     def compress(self, tokens: torch.Tensor, compression: TokenCompression) -> torch.Tensor:
         """Compresses the tokens of one video; temporal sampling is left out in training.
 
+        With ``projector_config.vocabulary_readout`` what is left is read out: see `vocabulary_readout`.
+
         Args:
             tokens: Enriched tokens, ``(t, h, w, d)``.
             compression: Token compression to apply.
@@ -220,7 +223,10 @@ class StormModel(StormPreTrainedModel):
         Returns:
             Compressed tokens, ``(t', h', w', d)``.
         """
-        return (compression.without_sampling() if self.training else compression)(tokens)
+        compressed = (compression.without_sampling() if self.training else compression)(tokens)
+        if self.config.projector_config.vocabulary_readout:
+            return vocabulary_readout(compressed, self.get_input_embeddings().weight)
+        return compressed
 
     @can_return_tuple
     @accepts_both_cache_names

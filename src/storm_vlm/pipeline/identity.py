@@ -51,7 +51,9 @@ class EncoderFingerprint:
 
     def __call__(self) -> str:
         """Returns 64 hexadecimal digits."""
-        parts = (self.model.vision_tower, self.model.temporal_projector)
+        parts = [self.model.vision_tower, self.model.temporal_projector]
+        if self.model.config.projector_config.vocabulary_readout:
+            parts.append(self.model.get_input_embeddings())
         state = weights_state(*parts)
         if state != self._state:
             self._state, self._digest = state, weights_hash(self.model.config.to_json_string(), *parts)

@@ -61,8 +61,17 @@ def encoding_flops(
         + mixing_flops(model.temporal_projector, math.prod(grid)),
         "compression": compression_flops(
             grid, model.config.projector_config.output_size or width, compression
-        ),
+        )
+        + readout_flops(model, math.prod(compression.grid(grid))),
     }
+
+
+def readout_flops(model: StormForConditionalGeneration, num_tokens: int) -> int:
+    """Counts the vocabulary readout of compressed tokens: their scores and the mean of the embeddings; 0 without it."""
+    if not model.config.projector_config.vocabulary_readout:
+        return 0
+    vocabulary_size, width = model.get_input_embeddings().weight.shape
+    return linear_flops(num_tokens, width, vocabulary_size) + linear_flops(num_tokens, vocabulary_size, width)
 
 
 def mixing_flops(projector: TemporalProjector, num_tokens: int) -> int:
