@@ -21,7 +21,7 @@ _IMAGE_SIZE = (192, 192)
 _IMAGE_MEAN, _IMAGE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 # What training made of it, if this package ships it: see `adapter`.
 _ADAPTER = Path(__file__).parent / DEFAULT_MODEL_NAME
-_OPTIONS = ComposeOptions(temporal_pool=4, spatial_pool=4, num_frames=32, frame_separator="timestamp")
+_OPTIONS = ComposeOptions(temporal_pool=2, spatial_pool=4, num_frames=32, frame_separator="timestamp")
 
 
 def default_model_path() -> Path:
