@@ -1,6 +1,6 @@
 """Teaches a projector to write what videos show as the language model reads it: before the demo's stage on videos.
 
-    python recipes/demo_words.py --out runs/demo-words [--videos 2000] [--steps 2600]
+    python recipes/demo_words.py --out runs/demo-words [--videos 2000] [--steps 2400]
 
 The scripts of the synthetic world say what each frame shows: a thing, which way it moves or in which corner it stays or
 what it has changed to, a word on the screen. The nine visual tokens of a group of frames learn to choose the tokens of
@@ -36,7 +36,11 @@ from storm_vlm.video import read_video
 WORLD = Path("recipes/data/world/train")
 NUM_FRAMES, COMPRESSION = 32, TokenCompression(temporal_pool=2, spatial_pool=4)
 OPTIONS = ComposeOptions(
-    {"vocabulary_readout": True}, temporal_pool=2, spatial_pool=4, num_frames=NUM_FRAMES, frame_separator="timestamp"
+    {"vocabulary_readout": True},
+    temporal_pool=2,
+    spatial_pool=4,
+    num_frames=NUM_FRAMES,
+    frame_separator="timestamp",
 )
 # Tokens of a group: of the thing's name, up to the last place, of what it does, none, of the word on the screen.
 PLACES = {"name": range(4), "action": range(4, 6), "word": range(7, 9)}
@@ -182,7 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--videos", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2400)
     arguments = parser.parse_args()
     console = Console()
     torch.manual_seed(0)

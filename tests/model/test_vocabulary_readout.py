@@ -38,7 +38,9 @@ def test_gradients_equal_those_of_the_definition():
 
 def test_a_token_that_is_sure_is_an_embedding():
     embeddings = torch.randn(20, 8)
-    read = vocabulary_readout(100 * embeddings[[3, 7]] / embeddings[[3, 7]].norm(dim=-1, keepdim=True), embeddings)
+    read = vocabulary_readout(
+        100 * embeddings[[3, 7]] / embeddings[[3, 7]].norm(dim=-1, keepdim=True), embeddings
+    )
     closest = torch.cdist(read, embeddings)
     assert closest.amin(-1).max() < 1e-3
 
@@ -75,7 +77,5 @@ def test_its_operations_are_counted():
     plain, _ = make_model(temporal_pool=2)
     model, _ = make_model(temporal_pool=2, projector=READ_OUT)
     vocabulary_size, width = model.get_input_embeddings().weight.shape
-    counted = [
-        encoding_flops(m, (32, 32), 6, m.config.compression)["compression"] for m in (plain, model)
-    ]
+    counted = [encoding_flops(m, (32, 32), 6, m.config.compression)["compression"] for m in (plain, model)]
     assert counted[1] - counted[0] == 2 * (2 * 12 * vocabulary_size * width)

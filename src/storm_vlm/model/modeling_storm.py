@@ -24,8 +24,8 @@ from storm_vlm.model.configuration_storm import StormConfig
 from storm_vlm.model.mamba_mixer import MambaMixer
 from storm_vlm.model.temporal_projector import TemporalProjector
 from storm_vlm.model.token_compression import TokenCompression
-from storm_vlm.model.vocabulary_readout import vocabulary_readout
 from storm_vlm.model.vision_features import extract_features
+from storm_vlm.model.vocabulary_readout import vocabulary_readout
 
 # Inputs that describe pictures: they matter while the prompt is read and never again.
 _VISUAL_INPUTS = (
@@ -124,7 +124,7 @@ class StormModel(StormPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """Returns the language model's token embedding."""
         return self.language_model.get_input_embeddings()
 
@@ -478,7 +478,7 @@ class StormForConditionalGeneration(StormPreTrainedModel, GenerationMixin):
         """The temporal projector."""
         return self.model.temporal_projector
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """Returns the language model's token embedding."""
         return self.model.get_input_embeddings()
 
