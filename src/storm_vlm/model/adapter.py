@@ -6,6 +6,7 @@ the projector) or ``temporal_projector.safetensors`` (the projector alone).
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,10 @@ def apply_adapter(
         if (folder / _LORA).is_file():
             from peft import PeftModel  # noqa: PLC0415 (an optional dependency)
 
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+            with warnings.catch_warnings():
+                # peft asks for a property by its old name.
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                model = PeftModel.from_pretrained(model, folder).merge_and_unload()
         else:
             model.temporal_projector.load_state_dict(load_file(folder / _PROJECTOR))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:

@@ -19,6 +19,7 @@ from storm_vlm.model.cache_name import CACHE_NAME
 from storm_vlm.model.image_processing_storm import check_size
 from storm_vlm.pipeline.answer import AnswerReport, AnswerStream, GenerationWatch
 from storm_vlm.pipeline.batch import generate_batch
+from storm_vlm.pipeline.chat import Chat
 from storm_vlm.pipeline.encoding import Progress, encode_frames
 from storm_vlm.pipeline.identity import ContentHashes, EncoderFingerprint, cache_key, weights_state
 from storm_vlm.pipeline.loading import load_model
@@ -28,11 +29,9 @@ from storm_vlm.pipeline.prompt import (
     Caption,
     Message,
     Prompt,
-    answer_message,
     check_context,
     prompt_token_ids,
     question_messages,
-    text_message,
 )
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens, VideoTokensCache
 from storm_vlm.storage import cache_directory
@@ -252,7 +251,7 @@ class VideoQA:
             is_encoded_now = not video.is_from_cache and (before is None or before[1] is not video)
         elif encode_options:
             raise StormError(f"{', '.join(encode_options)}: there is no video left to encode")
-        return self._answer(
+        return self.answer_messages(
             messages,
             video,
             captions=captions,
@@ -296,7 +295,7 @@ class VideoQA:
                 sampling | {"max_new_tokens": num_new_tokens},
             )
 
-    def chat(self, video: VideoTokens | VideoSource | None, *, system: str | None = None) -> "Chat":
+    def chat(self, video: VideoTokens | VideoSource | None, *, system: str | None = None) -> Chat:
         """Begins a conversation about a video, which is encoded once.
 
         Args:
@@ -309,6 +308,62 @@ class VideoQA:
         if video is not None and not isinstance(video, VideoTokens):
             video = self.encode(video)
         return Chat(self, video, system=system)
+
+    def answer_messages(
+        self,
+        messages: list[Message],
+        video: VideoTokens | None,
+        *,
+        captions: Sequence[Caption] = (),
+        answer_start: str = "",
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+        is_encoded_now: bool = False,
+    ) -> AnswerStream:
+        """Answers the last message of a conversation: what `ask` and `Chat` do with theirs.
+
+        Args:
+            messages: The conversation; one message has the place of the video, if there is one.
+            video: The encoded video, or None.
+            captions: As for `ask`, like the options below.
+            answer_start: See `ask`.
+            max_new_tokens: See `ask`.
+            temperature: See `ask`.
+            top_p: See `ask`.
+            stop: See `ask`.
+            is_encoded_now: Whether the video was encoded for this answer, which then reports how long that took.
+
+        Returns:
+            The answer, as from `ask`.
+        """
+        started = time.perf_counter()
+        sampling = _sampling(max_new_tokens, temperature, top_p)
+        self._check_width(video)
+        token_ids = prompt_token_ids(
+            self.processor, messages, video, captions=captions, answer_start=answer_start
+        )
+        num_new_tokens = check_context(
+            token_ids, video, self.context_length, max_new_tokens, self.processor.video_token_id
+        )
+        # The keys of the last question are used again or dropped.
+        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
+        check_prompt_memory(self.model, len(token_ids), num_new_tokens, free_bytes)
+        report = AnswerReport.of(
+            video, is_encoded_now=is_encoded_now, is_projector_trained=self.is_projector_trained
+        )
+        report.num_prompt_tokens = len(token_ids)
+        prompt_seconds = time.perf_counter() - started
+
+        def generate(streamer: TextIteratorStreamer, watch: GenerationWatch) -> None:
+            with self._lock:
+                self._generate(
+                    token_ids, video, sampling | {"max_new_tokens": num_new_tokens}, report, streamer, watch
+                )
+                report.time_to_first_token_seconds += prompt_seconds
+
+        return AnswerStream(generate, self.processor.tokenizer, report, stop)
 
     @property
     def _patch_grid_hw(self) -> tuple[int, int]:
@@ -362,47 +417,6 @@ class VideoQA:
             version=version("storm-vlm"),
         )
 
-    def _answer(
-        self,
-        messages: list[Message],
-        video: VideoTokens | None,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        stop: Sequence[str],
-        captions: Sequence[Caption] = (),
-        answer_start: str = "",
-        is_encoded_now: bool = False,
-    ) -> AnswerStream:
-        """Returns the answer to the last message."""
-        started = time.perf_counter()
-        sampling = _sampling(max_new_tokens, temperature, top_p)
-        self._check_width(video)
-        token_ids = prompt_token_ids(
-            self.processor, messages, video, captions=captions, answer_start=answer_start
-        )
-        num_new_tokens = check_context(
-            token_ids, video, self.context_length, max_new_tokens, self.processor.video_token_id
-        )
-        # The keys of the last question are used again or dropped.
-        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
-        check_prompt_memory(self.model, len(token_ids), num_new_tokens, free_bytes)
-        report = AnswerReport.of(
-            video, is_encoded_now=is_encoded_now, is_projector_trained=self.is_projector_trained
-        )
-        report.num_prompt_tokens = len(token_ids)
-        prompt_seconds = time.perf_counter() - started
-
-        def generate(streamer: TextIteratorStreamer, watch: GenerationWatch) -> None:
-            with self._lock:
-                self._generate(
-                    token_ids, video, sampling | {"max_new_tokens": num_new_tokens}, report, streamer, watch
-                )
-                report.time_to_first_token_seconds += prompt_seconds
-
-        return AnswerStream(generate, self.processor.tokenizer, report, stop)
-
     @torch.inference_mode()
     def _generate(
         self,
@@ -443,60 +457,6 @@ class VideoQA:
             )
         if video.provenance.model_fingerprint != self._fingerprint():
             logger.warning("%s was encoded with other weights than this model's", video.provenance.source)
-
-
-class Chat:
-    """A conversation about one video; each question sees the questions and answers before it.
-
-    Args:
-        video_qa: The pipeline.
-        video: The encoded video, or None.
-        system: A system message.
-    """
-
-    def __init__(self, video_qa: VideoQA, video: VideoTokens | None, *, system: str | None = None) -> None:
-        self._video_qa = video_qa
-        self.video = video
-        self.messages = [text_message(video_qa.processor, "system", system)] if system else []
-
-    def ask(
-        self,
-        question: str,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop: Sequence[str] = (),
-    ) -> AnswerStream:
-        """Asks the next question; it joins the history, with its answer, once the answer is complete.
-
-        Args:
-            question: The question.
-            max_new_tokens: Longest answer.
-            temperature: 0 for the likeliest answer.
-            top_p: Sample among the likeliest tokens that make up this probability.
-            stop: Texts that end the answer; they are not part of it.
-
-        Returns:
-            The answer, written while you iterate over it.
-        """
-        is_first = not any(message["role"] == "user" for message in self.messages)
-        message = text_message(
-            self._video_qa.processor, "user", question, with_video=is_first and self.video is not None
-        )
-        stream = self._video_qa._answer(
-            [*self.messages, message],
-            self.video,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop=stop,
-        )
-        stream.when_finished(lambda answer: self._remember(message, answer))
-        return stream
-
-    def _remember(self, message: Message, answer: str) -> None:
-        self.messages += [message, answer_message(self._video_qa.processor, answer)]
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:

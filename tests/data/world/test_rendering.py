@@ -12,8 +12,9 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("skimage")
 
 from storm_vlm.data.world import WorldConfig, direct, render_frames, write_video
-from storm_vlm.data.world.backgrounds import render_background
+from storm_vlm.data.world.backgrounds import TEST_FAMILIES, TRAIN_FAMILIES, TRAIN_PHOTOS, render_background
 from storm_vlm.data.world.rendering import frame_times
+from storm_vlm.data.world.script import Background
 from storm_vlm.data.world.sprites import ICONIFY_SETS, available_names, render_sprite, unpack_iconify
 from storm_vlm.data.world.things import load_things
 from storm_vlm.errors import StormError
@@ -63,6 +64,27 @@ def test_changes_are_visible_from_their_time_on():
         np.testing.assert_array_equal(first, before)
         assert (before != at).any(-1).mean() > 0.01
     assert len(kinds) == 5
+
+
+@pytest.mark.parametrize("kind", sorted({*TRAIN_FAMILIES, *TEST_FAMILIES}))
+def test_a_background_is_a_texture_that_its_seed_decides(kind):
+    photo = TRAIN_PHOTOS[0] if kind == "photo" else None
+    first, again, other = (
+        render_background.__wrapped__(Background(kind=kind, seed=seed, photo=photo), 96, 64)
+        for seed in (1, 1, 2)
+    )
+    assert (first.shape, first.dtype) == ((64, 96, 3), np.uint8)
+    assert first.std(axis=(0, 1)).max() > 4
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first.astype(int) - other).mean() > 4
+
+
+def test_no_two_families_are_alike():
+    pictures = [
+        render_background(Background(kind=kind, seed=5, photo=None), 64, 64)
+        for kind in {*TRAIN_FAMILIES, *TEST_FAMILIES} - {"photo"}
+    ]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
 
 def test_text_is_white_on_black_while_it_lasts():
