@@ -53,7 +53,9 @@ from storm_vlm.training.recipe import (
 
 TRAIN, TEST = "train", "test_in_vocabulary"
 IMAGE_SIZE = (64, 64)
+QUESTIONS_PER_VIDEO = 7
 VOCABULARY = 1024
+TEST_BATCH_SIZE = 16
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}{%- generation -%}{{ message.content + eos_token }}{%- endgeneration -%}"
@@ -99,8 +101,9 @@ class Scale:
 
     train_videos: int = 2000
     test_videos: int = 200
-    steps: int = 400
-    batch_size: int = 16
+    steps: int = 500
+    # Videos of a training step, each with all its questions.
+    batch_size: int = 4
     hidden_size: int = 192
     num_layers: int = 4
     num_names: int = 24
@@ -135,7 +138,7 @@ def make_world(out: Path, scale: Scale) -> Path:
         min_seconds=scale.seconds,
         max_seconds=scale.seconds,
         questions_per_video=0,
-        open_per_video=7,
+        open_per_video=QUESTIONS_PER_VIDEO,
         num_names=scale.num_names,
     )
     generate_dataset(config, out / "world")
@@ -209,6 +212,7 @@ def make_recipe(job: Job, model: Path) -> Recipe:
             mixture=job.out / "world" / TRAIN / "annotations.json",
             num_workers=0,
             feature_cache=job.out / "features",
+            conversations_per_example=QUESTIONS_PER_VIDEO,
         ),
         video=VideoRecipe(variant.num_frames, variant.temporal_pool, variant.spatial_pool),
         learning_rates=LearningRates(temporal_projector=2e-3, language_model=2e-3),
@@ -256,7 +260,7 @@ def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> di
     dataset.features = cache_features(
         dataset, model, job.out / "features", device=torch.device("cpu"), bf16=False, num_workers=0
     )
-    loader = DataLoader(dataset, batch_size=job.scale.batch_size, collate_fn=StormCollator(processor))
+    loader = DataLoader(dataset, batch_size=TEST_BATCH_SIZE, collate_fn=StormCollator(processor))
     right: list[bool] = []
     seconds = []
     for batch in loader:

@@ -1,6 +1,6 @@
 """Teaches a projector to write what videos show as the language model reads it: before the demo's stage on videos.
 
-    python recipes/demo_words.py --out runs/demo-words [--videos 2000] [--steps 2400]
+    python recipes/demo_words.py --out runs/demo-words [--videos 3000] [--steps 5000]
 
 The scripts of the synthetic world say what each frame shows: a thing, which way it moves or in which corner it stays or
 what it has changed to, a word on the screen. The nine visual tokens of a group of frames learn to choose the tokens of
@@ -48,7 +48,7 @@ NUM_PLACES = 9
 HELD_OUT, BATCH_SIZE = 64, 4
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP_STEPS = 1e-3, 0.01, 50
 # Weight of places without a word: they are many, and soon known.
-EMPTY_WEIGHT = 0.1
+EMPTY_WEIGHT = 0.3
 NUM_DRAWN = 4096
 
 
@@ -185,8 +185,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--videos", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--videos", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
     arguments = parser.parse_args()
     console = Console()
     torch.manual_seed(0)
