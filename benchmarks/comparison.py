@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="models that train at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
-    parser.add_argument("--steps", type=int, default=Scale.steps)
+    parser.add_argument("--steps", type=int, default=Scale().steps)
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of tiny models, to see that it runs"
     )
