@@ -27,6 +27,11 @@ def test_equals_the_definition():
     assert_matches("readout", read.flatten(0, 2), definition(tokens, embeddings))
 
 
+def test_many_tokens_are_read_out_as_few():
+    tokens, embeddings = torch.randn(1030, 8), torch.randn(20, 8)
+    assert_matches("readout", vocabulary_readout(tokens, embeddings), definition(tokens, embeddings))
+
+
 def test_gradients_equal_those_of_the_definition():
     tokens, embeddings = torch.randn(6, 8), torch.randn(20, 8)
     upstream = torch.randn(6, 8)
