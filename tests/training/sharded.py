@@ -9,6 +9,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
+from storm_vlm.cli.processes import leave_process_group
 from storm_vlm.data import Mixture, MixtureConfig, SetConfig, StormCollator, TrainingDataset
 from storm_vlm.training.parts import prepare_parts, sharded_layer_names
 from storm_vlm.training.recipe import LearningRates, LoraRecipe
@@ -42,12 +43,12 @@ def batch_of(processor, corpus, numbers):
     return batch
 
 
-def main(corpus: str, out: str, with_lora: str) -> None:
-    dist.init_process_group("gloo")
+def step(corpus: Path, with_lora: bool) -> dict[str, torch.Tensor]:
+    """Returns every process's loss and the whole gradients of a sharded step."""
     rank = dist.get_rank()
-    model, processor = make(with_lora == "lora")
+    model, processor = make(with_lora)
     shard(model)
-    loss = model(**batch_of(processor, Path(corpus), BATCHES[rank])).loss
+    loss = model(**batch_of(processor, corpus, BATCHES[rank])).loss
     loss.backward()
     gradients = {
         name: parameter.grad.full_tensor()
@@ -56,9 +57,15 @@ def main(corpus: str, out: str, with_lora: str) -> None:
     }
     losses = [torch.zeros(()) for _ in BATCHES]
     dist.all_gather(losses, loss.detach())
-    if rank == 0:
-        save_file({**gradients, "loss": torch.stack(losses)}, out)
-    dist.destroy_process_group()
+    return {**gradients, "loss": torch.stack(losses)}
+
+
+def main(corpus: str, out: str, with_lora: str) -> None:
+    dist.init_process_group("gloo")
+    result = step(Path(corpus), with_lora == "lora")
+    if dist.get_rank() == 0:
+        save_file(result, out)
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def evaluate(
     dtype: opt.DtypeOption = "auto",
 ) -> None:
     """Ask a model a benchmark's questions; answers, scores and settings are written to a folder."""
+    from storm_vlm.cli.processes import leave_process_group
     from storm_vlm.cli.session import warn_if_untrained
     from storm_vlm.cli.terminal import output_console, progress_bars
     from storm_vlm.evaluation import EvaluationSettings, evaluate_frames, process_state
@@ -101,6 +102,7 @@ def evaluate(
             table = run(out, settings=settings).to_markdown()
     if process_state().is_main_process:
         output_console.print(table, end="", markup=False, highlight=False)
+    leave_process_group()
 
 
 def _answerer(model: str | None, device: str, dtype: str, ray_workers: int | None) -> "Answerer":

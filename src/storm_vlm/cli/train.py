@@ -25,6 +25,7 @@ def train(
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU even if there is a GPU.")] = False,
 ) -> None:
     """Train a model in the stage that a recipe describes; an interrupted run goes on where it was saved."""
+    from storm_vlm.cli.processes import leave_process_group
     from storm_vlm.cli.terminal import errors_console, hide_library_progress
     from storm_vlm.errors import StormError
 
@@ -45,6 +46,7 @@ def train(
         )
         raise
     _print_result(result)
+    leave_process_group()
 
 
 def _print_plan(plan: "TrainingPlan") -> None:
