@@ -2,11 +2,14 @@
 
     python benchmarks/comparison.py --out runs/comparison [--seeds 0 1 2] [--jobs 2] [--quick]
 
-Everything is made from nothing: a synthetic world of few things, a small language model with random weights and a
-tokenizer of its own, and the default model's vision encoder, frozen, whose features are cached. Every model sees the same
-videos in the same order for the same number of steps; its seed sets the weights that are new. The test asks open
-questions, one at a time, about videos that no training saw, and an answer is right if every token of it is: what greedy
-decoding would write. Intervals (95%) resample the test videos; a difference is taken video by video and seed by seed.
+Everything is made from nothing, in stages: a synthetic world of few things; a small language model with a tokenizer of
+its own, which learns to answer questions from texts that tell of such videos, once for all; then, for each kind of model
+and each seed, a new projector on the default model's vision encoder, frozen, whose features are cached. The projector
+first learns words (`comparison_words.py`), then projector and language model learn from the questions about the videos.
+Every model sees the same videos for the same number of steps; the seed sets the projector's first weights and the order
+of the videos. The test asks open questions, one at a time, about videos that no training saw, and an answer is right if
+every token of it is: what greedy decoding would write. Intervals (95%) resample the test videos; a difference is taken
+video by video and seed by seed.
 
 Runs are kept, and a cut comparison goes on where it was. The result is ``comparison.json``, ``comparison.md`` and
 ``comparison.png`` in the folder. It needs `storm-vlm[demo,train,world]` and `storm setup-demo`.
@@ -15,6 +18,7 @@ Runs are kept, and a cut comparison goes on where it was. The result is ``compar
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -25,16 +29,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison_data import (
+    IMAGE_SIZE,
+    QUESTIONS_KEPT,
+    TEST,
+    TRAIN,
+    make_data,
+    make_tokenizer,
+    questions_file,
+    reading_file,
+)
 from comparison_report import write_report
+from comparison_words import WordLoss, Words, teach_words
 from measuring import machine
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as library_logging
 
 from storm_vlm.data import Mixture, MixtureConfig, SetConfig, StormCollator, TrainingDataset
-from storm_vlm.data.world import WorldConfig, generate_dataset
-from storm_vlm.model import ComposeOptions, compose_model
+from storm_vlm.model import (
+    ComposeOptions,
+    StormForConditionalGeneration,
+    StormProcessor,
+    TokenCompression,
+    compose_model,
+)
 from storm_vlm.model.compose import save_model
 from storm_vlm.model.default_model import load_default_vision_tower
 from storm_vlm.model.modeling_storm import IGNORED_LABEL
@@ -50,20 +69,16 @@ from storm_vlm.training.recipe import (
     ScheduleRecipe,
     VideoRecipe,
 )
+from storm_vlm.video import read_video
 
-TRAIN, TEST = "train", "test_in_vocabulary"
-IMAGE_SIZE = (64, 64)
-QUESTIONS_PER_VIDEO = 7
-VOCABULARY = 1024
 TEST_BATCH_SIZE = 16
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'assistant' -%}{%- generation -%}{{ message.content + eos_token }}{%- endgeneration -%}"
-    "{%- else -%}{{ '?' + message.content + ':' }}{%- endif -%}"
-    "{%- endfor -%}"
-)
-VILA = {"projector_type": "mlp", "num_mamba_layers": 0}
-STORM = {"projector_type": "linear", "num_mamba_layers": 1, "bidirectional": True}
+VILA = {"projector_type": "mlp", "num_mamba_layers": 0, "vocabulary_readout": True}
+STORM = {
+    "projector_type": "linear",
+    "num_mamba_layers": 1,
+    "bidirectional": True,
+    "vocabulary_readout": True,
+}
 ONE_WAY = {**STORM, "bidirectional": False}
 
 
@@ -83,6 +98,7 @@ class Variant:
 VARIANTS = (
     Variant("VILA", VILA, 8),
     Variant("STORM", STORM, 8),
+    Variant("VILA + T.pool", VILA, 128, temporal_pool=4, tested_samples=(1, 2)),
     Variant("VILA", VILA, 32, tested_samples=(1, 8)),
     Variant("VILA + T.pool", VILA, 32, temporal_pool=4, tested_samples=(1, 2)),
     Variant("STORM", STORM, 32, tested_samples=(1, 4, 8)),
@@ -90,7 +106,6 @@ VARIANTS = (
     Variant("STORM + S.pool", STORM, 32, spatial_pool=4, tested_samples=(1, 2)),
     Variant("STORM + T.pool + S.pool", STORM, 32, temporal_pool=4, spatial_pool=4, tested_samples=(1, 2)),
     Variant("uni-directional + T.pool", ONE_WAY, 32, temporal_pool=4, tested_samples=(1, 2)),
-    Variant("VILA + T.pool", VILA, 128, temporal_pool=4, tested_samples=(1, 2)),
     Variant("STORM + T.pool", STORM, 128, temporal_pool=4, tested_samples=(1, 2)),
 )
 
@@ -101,16 +116,30 @@ class Scale:
 
     train_videos: int = 2000
     test_videos: int = 200
-    steps: int = 500
-    # Videos of a training step, each with all its questions.
+    texts: int = 20000
+    # Steps of the language model on texts, and of each model on words and on questions.
+    text_steps: int = 1200
+    word_steps: int = 1000
+    steps: int = 400
+    text_batch_size: int = 16
+    word_batch_size: int = 8
+    # Videos of a step, each with all its questions.
     batch_size: int = 4
     hidden_size: int = 192
     num_layers: int = 4
     num_names: int = 24
-    seconds: int = 32
 
 
-QUICK = Scale(train_videos=32, test_videos=8, steps=4, batch_size=4, hidden_size=48, num_layers=1)
+QUICK = Scale(
+    train_videos=32,
+    test_videos=8,
+    texts=64,
+    text_steps=4,
+    word_steps=4,
+    steps=4,
+    hidden_size=48,
+    num_layers=1,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,52 +158,16 @@ class Job:
         object.__setattr__(self, "folder", self.out / "runs" / name)
 
 
-def make_world(out: Path, scale: Scale) -> Path:
-    """Generates the videos and questions, or what is missing of them."""
-    config = WorldConfig(
-        num_videos={TRAIN: scale.train_videos, TEST: scale.test_videos},
-        width=IMAGE_SIZE[1],
-        height=IMAGE_SIZE[0],
-        min_seconds=scale.seconds,
-        max_seconds=scale.seconds,
-        questions_per_video=0,
-        open_per_video=QUESTIONS_PER_VIDEO,
-        num_names=scale.num_names,
-    )
-    generate_dataset(config, out / "world")
-    return out / "world"
-
-
-def make_tokenizer(world: Path) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer on what training says: short answers are few tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    records = json.loads((world / TRAIN / "annotations.json").read_text(encoding="utf-8"))
-    texts = (turn["value"] for record in records for turn in record["conversations"])
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", chat_template=CHAT_TEMPLATE
-    )
-
-
-def compose_variant(job: Job) -> Path:
-    """Saves the untrained model of a job; models of one seed share the language model's weights."""
-    folder = job.folder / "composed"
-    if folder.is_dir():
-        return folder
-    tokenizer = make_tokenizer(job.out / "world")
-    torch.manual_seed(job.seed)
-    scale = job.scale
+def train_language_model(out: Path, scale: Scale) -> Path:
+    """Trains the language model on texts, and returns the folder of the model that it is part of."""
+    folder = out / "language-model"
+    if (folder / "model").is_dir():
+        return folder / "model"
+    tokenizer = make_tokenizer(out)
+    torch.manual_seed(0)
     language_model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer) + 2,
+            vocab_size=len(tokenizer),
             hidden_size=scale.hidden_size,
             intermediate_size=4 * scale.hidden_size,
             num_hidden_layers=scale.num_layers,
@@ -187,6 +180,39 @@ def compose_variant(job: Job) -> Path:
             pad_token_id=tokenizer.pad_token_id,
         )
     ).eval()
+    options = ComposeOptions(projector=VILA, num_frames=8)
+    model, processor = compose_model(
+        load_default_vision_tower(IMAGE_SIZE), language_model, tokenizer, options
+    )
+    save_model(model, processor, folder / "composed")
+    recipe = Recipe(
+        model=ModelRecipe(path=str(folder / "composed")),
+        data=DataRecipe(mixture=reading_file(out), num_workers=0, group_by_length=False),
+        video=VideoRecipe(),
+        learning_rates=LearningRates(language_model=2e-3),
+        schedule=_schedule(scale.text_steps, scale.text_batch_size, seed=0),
+        output=OutputRecipe(folder=folder, save_steps=200, report_to=()),
+    )
+    train(recipe, use_cpu=True)
+    return folder / "model"
+
+
+def _schedule(steps: int, batch_size: int, seed: int) -> ScheduleRecipe:
+    return ScheduleRecipe(
+        num_epochs=1000, max_steps=steps, batch_size=batch_size, warmup_ratio=0.05, seed=seed
+    )
+
+
+def load(folder: Path) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    """Loads a saved model to compute with on the CPU."""
+    return load_model(folder, device="cpu", dtype="float32", attn_implementation=None)
+
+
+def compose_variant(job: Job) -> tuple[StormForConditionalGeneration, StormProcessor]:
+    """Puts a new projector between the vision encoder and the language model that has learned from texts."""
+    reader, _ = load(job.out / "language-model" / "model")
+    language_model = LlamaForCausalLM(reader.config.text_config)
+    language_model.model.load_state_dict(reader.language_model.state_dict())
     variant = job.variant
     options = ComposeOptions(
         projector=variant.projector,
@@ -196,11 +222,53 @@ def compose_variant(job: Job) -> Path:
         frame_separator="newline",
         seed=job.seed,
     )
-    model, processor = compose_model(
-        load_default_vision_tower(IMAGE_SIZE), language_model, tokenizer, options
+    tower = load_default_vision_tower(IMAGE_SIZE)
+    return compose_model(tower, language_model.eval(), make_tokenizer(job.out), options)
+
+
+def examples_of(
+    job: Job, split: str, model: StormForConditionalGeneration, processor: StormProcessor, **settings: int
+) -> TrainingDataset:
+    """Returns a split's examples with cached features: a question each, or a video each with all its questions."""
+    per_example = QUESTIONS_KEPT if split == TRAIN else 1
+    mixture = Mixture(
+        MixtureConfig((SetConfig(split, questions_file(job.out, split)),)),
+        conversations_per_example=per_example,
     )
-    save_model(model, processor, folder)
-    return folder
+    examples = TrainingDataset(mixture, processor, **settings)
+    examples.features = cache_features(
+        examples, model, job.out / "features", device=torch.device("cpu"), bf16=False, num_workers=0
+    )
+    return examples
+
+
+def learn_words(job: Job) -> tuple[Path, float]:
+    """Trains the projector of a new model on words; returns where the model is saved, and the last loss."""
+    model, processor = compose_variant(job)
+    examples = examples_of(job, TRAIN, model, processor)
+    video = job.out / "world" / TRAIN / "videos" / "000000.mp4"
+    variant, scale = job.variant, job.scale
+    empty = processor.tokenizer.encode("\n", add_special_tokens=False)[0]
+    words = Words(
+        examples,
+        job.out / "world",
+        read_video(video, num_frames=variant.num_frames).timestamps_seconds,
+        variant.temporal_pool,
+        processor.tokenizer,
+        empty,
+    )
+    compression = TokenCompression(variant.temporal_pool, variant.spatial_pool)
+    loss = teach_words(
+        WordLoss(model, compression, empty),
+        words,
+        job.folder / "words",
+        steps=scale.word_steps,
+        batch_size=scale.word_batch_size,
+        learning_rate=2e-3,
+        seed=job.seed,
+    )
+    save_model(model, processor, job.folder / "composed")
+    return job.folder / "composed", loss
 
 
 def make_recipe(job: Job, model: Path) -> Recipe:
@@ -209,16 +277,14 @@ def make_recipe(job: Job, model: Path) -> Recipe:
     return Recipe(
         model=ModelRecipe(path=str(model)),
         data=DataRecipe(
-            mixture=job.out / "world" / TRAIN / "annotations.json",
+            mixture=questions_file(job.out, TRAIN),
             num_workers=0,
             feature_cache=job.out / "features",
-            conversations_per_example=QUESTIONS_PER_VIDEO,
+            conversations_per_example=QUESTIONS_KEPT,
         ),
         video=VideoRecipe(variant.num_frames, variant.temporal_pool, variant.spatial_pool),
-        learning_rates=LearningRates(temporal_projector=2e-3, language_model=2e-3),
-        schedule=ScheduleRecipe(
-            num_epochs=1000, max_steps=scale.steps, batch_size=scale.batch_size, warmup_ratio=0.05
-        ),
+        learning_rates=LearningRates(temporal_projector=2e-4, language_model=1e-3),
+        schedule=_schedule(scale.steps, scale.batch_size, job.seed),
         output=OutputRecipe(folder=job.folder / "training", save_steps=scale.steps, report_to=()),
     )
 
@@ -228,20 +294,21 @@ def run_job(job: Job) -> dict[str, Any]:
     file = job.folder / "result.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
+    # A cut run begins anew: a model of words whose questions were cut would be another model.
+    shutil.rmtree(job.folder, ignore_errors=True)
     library_logging.disable_progress_bar()
     torch.set_num_threads(job.threads)
     start = time.perf_counter()
-    recipe = make_recipe(job, compose_variant(job))
-    trained = train(recipe, use_cpu=True)
+    composed, word_loss = learn_words(job)
+    trained = train(make_recipe(job, composed), use_cpu=True)
     training_seconds = time.perf_counter() - start
-    model, processor = load_model(
-        job.folder / "training" / "model", device="cpu", dtype="float32", attn_implementation=None
-    )
+    model, processor = load(job.folder / "training" / "model")
     tests = [test_model(job, model.eval(), processor, sample) for sample in job.variant.tested_samples]
     result = {
         "variant": job.variant.name,
         "num_frames": job.variant.num_frames,
         "seed": job.seed,
+        "word_loss": word_loss,
         "final_loss": trained.final_loss,
         "training_seconds": training_seconds,
         "tests": tests,
@@ -254,12 +321,7 @@ def run_job(job: Job) -> dict[str, Any]:
 @torch.no_grad()
 def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> dict[str, Any]:
     """Asks the test's questions one at a time; tells who is right about what, the tokens and the time of a video."""
-    annotations = job.out / "world" / TEST / "annotations.json"
-    mixture = Mixture(MixtureConfig((SetConfig(TEST, annotations),)))
-    dataset = TrainingDataset(mixture, processor, temporal_sample=temporal_sample)
-    dataset.features = cache_features(
-        dataset, model, job.out / "features", device=torch.device("cpu"), bf16=False, num_workers=0
-    )
+    dataset = examples_of(job, TEST, model, processor, temporal_sample=temporal_sample)
     loader = DataLoader(dataset, batch_size=TEST_BATCH_SIZE, collate_fn=StormCollator(processor))
     right: list[bool] = []
     seconds = []
@@ -268,7 +330,7 @@ def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> di
         start = time.perf_counter()
         right += answered(model, batch)
         seconds.append((time.perf_counter() - start) / len(batch["input_ids"]))
-    records = json.loads(annotations.read_text(encoding="utf-8"))
+    records = json.loads(questions_file(job.out, TEST).read_text(encoding="utf-8"))
     by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for record, is_right in zip(records, right, strict=True):
         by_task[record["task"]][record["video"]].append(is_right)
@@ -298,13 +360,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="models that train at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
-    parser.add_argument("--steps", type=int, default=Scale().steps)
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of tiny models, to see that it runs"
     )
     options = parser.parse_args()
-    scale = QUICK if options.quick else Scale(steps=options.steps)
-    make_world(options.out, scale)
+    scale = QUICK if options.quick else Scale()
+    num_videos = {TRAIN: scale.train_videos, TEST: scale.test_videos}
+    make_data(options.out, num_videos, scale.num_names, scale.texts)
+    train_language_model(options.out, scale)
     jobs = [
         Job(options.out, scale, variant, seed, options.threads)
         for seed in options.seeds

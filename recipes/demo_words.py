@@ -25,9 +25,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from storm_vlm.data.world import Script
-from storm_vlm.data.world.questions import CORNERS
-from storm_vlm.data.world.rendering import position
+from storm_vlm.data.world import Script, tell
+from storm_vlm.data.world.telling import Kind
 from storm_vlm.model import ComposeOptions, StormForConditionalGeneration, StormProcessor, TokenCompression
 from storm_vlm.model.adapter import save_adapter_settings, save_projector
 from storm_vlm.model.default_model import compose_default_parts
@@ -43,7 +42,7 @@ OPTIONS = ComposeOptions(
     frame_separator="timestamp",
 )
 # Tokens of a group: of the thing's name, up to the last place, of what it does, none, of the word on the screen.
-PLACES = {"name": range(4), "action": range(4, 6), "word": range(7, 9)}
+PLACES: dict[Kind, range] = {"name": range(4), "action": range(4, 6), "word": range(7, 9)}
 NUM_PLACES = 9
 HELD_OUT, BATCH_SIZE = 64, 4
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP_STEPS = 1e-3, 0.01, 50
@@ -65,29 +64,7 @@ class Videos:
     token_ids: torch.Tensor
 
 
-def tell(script: Script, seconds: float) -> dict[str, str]:
-    """Returns the words of each kind that a frame has to say."""
-    told = {}
-    for text in script.texts:
-        if text.start_seconds <= seconds < text.end_seconds:
-            told["word"] = text.word
-    for index, appearance in enumerate(script.appearances):
-        if not appearance.start_seconds <= seconds < appearance.end_seconds:
-            continue
-        changes = [c for c in script.changes if c.appearance == index and seconds >= c.at_seconds]
-        told["name"] = next((c.into for c in changes if c.into), appearance.thing)
-        x, y = position(appearance, seconds)
-        looks = [c.kind for c in changes if not c.into]
-        if looks:
-            told["action"] = looks[0]
-        elif appearance.motion != "still":
-            told["action"] = appearance.motion
-        elif min(abs(x - 1 / 2), abs(y - 1 / 2)) > 1 / 6:
-            told["action"] = CORNERS[2 * (y > 1 / 2) + (x > 1 / 2)]
-    return told
-
-
-def spell(frames: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def spell(frames: list[dict[Kind, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens of a group of frames, each kind of word in its places; what is left of them says a new line.
 
     Of each kind the word of most frames counts, and of the earlier ones where as many say another.

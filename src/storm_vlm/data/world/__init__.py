@@ -10,6 +10,7 @@ from storm_vlm.data.world.rendering import render_frames
 from storm_vlm.data.world.script import Script
 from storm_vlm.data.world.sprites import fetch_sprite_sets
 from storm_vlm.data.world.statistics import dataset_statistics
+from storm_vlm.data.world.telling import tell
 
 __all__ = [
     "SPLITS",
@@ -25,5 +26,6 @@ __all__ = [
     "generate_dataset",
     "make_sample",
     "render_frames",
+    "tell",
     "write_video",
 ]
