@@ -11,8 +11,8 @@ of the videos. The test asks open questions, one at a time, about videos that no
 every token of it is: what greedy decoding would write. Intervals (95%) resample the test videos; a difference is taken
 video by video and seed by seed.
 
-Runs are kept, and a cut comparison goes on where it was. The result is ``comparison.json``, ``comparison.md`` and
-``comparison.png`` in the folder. It needs `storm-vlm[demo,train,world]` and `storm setup-demo`.
+Runs are kept, and a cut comparison goes on where it was. The result is ``comparison.json``, ``comparison.md``,
+``comparison.png`` and ``comparison_differences.png`` in the folder. It needs `storm-vlm[demo,train,world]` and `storm setup-demo`.
 """
 
 import argparse

@@ -53,7 +53,7 @@ class Scores:
 
 
 def write_report(results: list[dict[str, Any]], out: Path, machine: dict[str, Any]) -> None:
-    """Writes ``comparison.json``, ``comparison.md`` and ``comparison.png``."""
+    """Writes ``comparison.json``, ``comparison.md``, ``comparison.png`` and ``comparison_differences.png``."""
     tests = _gather(results)
     tasks = sorted({task for scores in tests.values() for task in scores["scores"]} - {ALL})
     rows = [_row(key, entry, tasks) for key, entry in sorted(tests.items(), key=lambda item: _order(item[0]))]
@@ -66,6 +66,7 @@ def write_report(results: list[dict[str, Any]], out: Path, machine: dict[str, An
     _write(out / "comparison.json", json.dumps(report, indent=1) + "\n")
     _write(out / "comparison.md", _markdown(rows, differences, tasks))
     _plot(rows, out / "comparison.png")
+    _plot_differences(differences, out / "comparison_differences.png")
 
 
 def _order(key: Key) -> tuple[int, str, int]:
@@ -191,6 +192,22 @@ def _plot(rows: list[dict[str, Any]], file: Path) -> None:
     axes.set(xscale="log", xlabel="visual tokens of a video", ylabel="right answers, %")
     axes.legend(fontsize="small", loc="best")
     axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _plot_differences(differences: list[dict[str, Any]], file: Path) -> None:
+    """Draws each difference with its interval, and a small mark for each seed."""
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.42 * len(differences)), layout="constrained")
+    for place, entry in enumerate(reversed(differences)):
+        mean, low, high = (100 * entry[name] for name in ("mean", "low", "high"))
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], color="C0", marker="o", capsize=3)
+        by_seed = [100 * value for value in entry["by_seed"]]
+        axes.plot(by_seed, [place - 0.22] * len(by_seed), color="grey", marker="|", linestyle="none")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(differences)), [entry["what"] for entry in reversed(differences)])
+    axes.set_xlabel("difference in right answers, points (95%; ticks: seeds)")
+    axes.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
