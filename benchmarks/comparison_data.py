@@ -103,20 +103,23 @@ def _turns(question: Question) -> list[dict[str, str]]:
 
 
 def _told(script: Script, rng: random.Random) -> str:
-    """Tells of a video line by line, in words without order, as visual tokens do."""
+    """Tells of a video line by line, as visual tokens do group by group: of each thing and what it does, in order."""
     line_seconds = SECONDS // rng.choice(TOLD_LINES)
     lines = []
     for start in range(0, SECONDS, line_seconds):
-        words = words_at(script, [second + 0.5 for second in range(start, start + line_seconds)])
-        rng.shuffle(words)
-        lines.append("".join(f" {word}" for word in words))
+        moments = [second + 0.5 for second in range(start, start + line_seconds)]
+        lines.append("".join(dict.fromkeys("".join(words_at(script, [moment])) for moment in moments)))
     return "\n".join(lines)
 
 
 def words_at(script: Script, moments_seconds: Iterable[float]) -> list[str]:
-    """Returns the words of `tell` for several moments, each once, without those that are written on the screen."""
+    """Returns the words of `tell` for several moments, each once, without those that are written on the screen.
+
+    Each begins with a space, as within a sentence.
+    """
     told = [tell(script, seconds) for seconds in moments_seconds]
-    return list(dict.fromkeys(word for moment in told for kind, word in moment.items() if kind != "word"))
+    words = (f" {word}" for moment in told for kind, word in moment.items() if kind != "word")
+    return list(dict.fromkeys(words))
 
 
 def make_tokenizer(out: Path) -> PreTrainedTokenizerFast:

@@ -101,8 +101,7 @@ class Words(Dataset[dict[str, torch.Tensor]]):
         said = torch.zeros(len(starts), len(self.tokenizer), dtype=torch.bool)
         for group, start in enumerate(starts):
             words = words_at(script, self.times_seconds[start : start + self.group_size])
-            texts = [f" {word}" for word in words]
-            token_ids = [i for text in texts for i in self.tokenizer.encode(text, add_special_tokens=False)]
+            token_ids = [i for word in words for i in self.tokenizer.encode(word, add_special_tokens=False)]
             said[group, token_ids or [self.empty]] = True
         return {"features": self.examples[index]["video_patch_features"], "said": said}
 
