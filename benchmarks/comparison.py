@@ -127,7 +127,7 @@ class Scale:
     batch_size: int = 4
     hidden_size: int = 192
     num_layers: int = 4
-    num_names: int = 24
+    num_names: int = 16
 
 
 QUICK = Scale(

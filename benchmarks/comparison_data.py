@@ -57,6 +57,8 @@ def make_data(out: Path, num_videos: dict[str, int], num_names: int, num_texts: 
         questions_per_video=0,
         open_per_video=QUESTIONS_PER_VIDEO,
         num_names=num_names,
+        # Few things, each as long to be seen as a group of frames or longer.
+        difficulties=("easy",),
     )
     generate_dataset(config, out / "world")
     for split in num_videos:

@@ -38,6 +38,9 @@ def generate(
     names: Annotated[
         int | None, typer.Option("--names", help="Show only so many different things [all].")
     ] = None,
+    difficulties: Annotated[
+        str, typer.Option("--difficulties", help="Of each video one is drawn, separated by commas.")
+    ] = "easy,medium,hard",
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes [all cores].")] = None,
     seed: SeedOption = 0,
     size: SizeOption = 256,
@@ -59,6 +62,7 @@ def generate(
         questions_per_video=questions,
         open_per_video=open_questions,
         num_names=names,
+        difficulties=tuple(difficulties.split(",")),  # type: ignore[arg-type]  # the config checks it
         answer_style=answers,  # type: ignore[arg-type]  # the config checks it
     )
     with progress_bars() as report:

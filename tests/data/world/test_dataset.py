@@ -167,3 +167,13 @@ def test_a_world_of_few_things(tmp_path):
     assert 8 < len(names) <= 16
     with pytest.raises(StormError, match="num_names: 15"):
         replace(CONFIG, num_names=15)
+
+
+def test_a_world_of_easy_videos_is_easy():
+    config = replace(CONFIG, num_videos={"train": 12}, difficulties=("easy",))
+    assert {make_sample(config, "train", index)[0].difficulty for index in range(12)} == {"easy"}
+    every = {make_sample(CONFIG, "train", index)[0].difficulty for index in range(12)}
+    assert every == {"easy", "medium", "hard"}
+    for wrong in ((), ("easy", "harder")):
+        with pytest.raises(StormError, match="difficulties: "):
+            replace(CONFIG, difficulties=wrong)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from storm_vlm.data.world.script import DIFFICULTIES, Difficulty
 from storm_vlm.data.world.sprites import STYLES
 from storm_vlm.errors import StormError
 
@@ -35,6 +36,7 @@ class WorldConfig:
         open_per_video: Open questions of each video, beside the others.
         answer_style: How multiple-choice questions are answered: by an option's ``letter`` or the ``option``'s text.
         num_names: Show only so many of the things, drawn by the seed; all if None.
+        difficulties: Of each video one is drawn: how large its things are, how many, and how long they are seen.
         styles: Sprite styles of every split but ``test_unseen_style``.
         unseen_style: Sprite style of ``test_unseen_style``.
 
@@ -53,6 +55,7 @@ class WorldConfig:
     open_per_video: int = 1
     answer_style: Literal["letter", "option"] = "letter"
     num_names: int | None = None
+    difficulties: tuple[Difficulty, ...] = DIFFICULTIES
     styles: tuple[str, ...] = ("openmoji",)
     unseen_style: str = "openmoji-grey"
 
@@ -69,11 +72,17 @@ class WorldConfig:
             value = getattr(self, name)
             if value < 64 or value % 2:
                 raise StormError(f"{name}: {value} must be even and at least 64 pixels")
+        self._check_choices()
+        self._check_lengths()
+
+    def _check_choices(self) -> None:
         if self.answer_style not in ("letter", "option"):
             raise StormError(f"answer_style: {self.answer_style!r} must be letter or option")
+        if not self.difficulties or not set(self.difficulties) <= set(DIFFICULTIES):
+            expected = ", ".join(DIFFICULTIES)
+            raise StormError(f"difficulties: {list(self.difficulties)!r} must be one or more of {expected}")
         if self.num_names is not None and self.num_names < _FEWEST_NAMES:
             raise StormError(f"num_names: {self.num_names} must be at least {_FEWEST_NAMES}")
-        self._check_lengths()
 
     def _check_lengths(self) -> None:
         if not _SHORTEST_SECONDS <= self.min_seconds <= self.max_seconds <= _LONGEST_SECONDS:

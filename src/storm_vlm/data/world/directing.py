@@ -157,7 +157,7 @@ def direct(config: WorldConfig, split: Split, index: int) -> Script:
         The script.
     """
     rng = sample_rng(config, split, index, "script")
-    difficulty: Difficulty = rng.choice(("easy", "medium", "hard"))
+    difficulty: Difficulty = rng.choice(config.difficulties)
     level = _LEVELS[difficulty]
     seconds = rng.randint(config.min_seconds, config.max_seconds) * (
         LONG_FACTOR if split == "test_long" else 1
