@@ -7,7 +7,7 @@ its own, which learns to answer questions from texts that tell of such videos, o
 and each seed, a new projector on the default model's vision encoder, frozen, whose features are cached. The projector
 first learns words (`comparison_words.py`), then projector and language model learn from the questions about the videos.
 Every model sees the same videos for the same number of steps; the seed sets the projector's first weights and the order
-of the videos. The test asks open questions, one at a time, about videos that no training saw, and an answer is right if
+of the videos. The test asks open questions, none of which sees another, about videos that no training saw, and an answer is right if
 every token of it is: what greedy decoding would write. Intervals (95%) resample the test videos; a difference is taken
 video by video and seed by seed.
 
@@ -71,7 +71,7 @@ from storm_vlm.training.recipe import (
 )
 from storm_vlm.video import read_video
 
-TEST_BATCH_SIZE = 16
+TEST_BATCH_SIZE = 4
 VILA = {"projector_type": "mlp", "num_mamba_layers": 0, "vocabulary_readout": True}
 STORM = {
     "projector_type": "linear",
@@ -114,11 +114,11 @@ VARIANTS = (
 class Scale:
     """How large the comparison is."""
 
-    train_videos: int = 2000
+    train_videos: int = 1200
     test_videos: int = 200
     texts: int = 20000
     # Steps of the language model on texts, and of each model on words and on questions.
-    text_steps: int = 1200
+    text_steps: int = 1000
     word_steps: int = 1000
     steps: int = 400
     text_batch_size: int = 16
@@ -187,7 +187,7 @@ def train_language_model(out: Path, scale: Scale) -> Path:
     save_model(model, processor, folder / "composed")
     recipe = Recipe(
         model=ModelRecipe(path=str(folder / "composed")),
-        data=DataRecipe(mixture=reading_file(out), num_workers=0, group_by_length=False),
+        data=DataRecipe(mixture=reading_file(out), num_workers=0),
         video=VideoRecipe(),
         learning_rates=LearningRates(language_model=2e-3),
         schedule=_schedule(scale.text_steps, scale.text_batch_size, seed=0),
@@ -229,12 +229,9 @@ def compose_variant(job: Job) -> tuple[StormForConditionalGeneration, StormProce
 def examples_of(
     job: Job, split: str, model: StormForConditionalGeneration, processor: StormProcessor, **settings: int
 ) -> TrainingDataset:
-    """Returns a split's examples with cached features: a question each, or a video each with all its questions."""
-    per_example = QUESTIONS_KEPT if split == TRAIN else 1
-    mixture = Mixture(
-        MixtureConfig((SetConfig(split, questions_file(job.out, split)),)),
-        conversations_per_example=per_example,
-    )
+    """Returns a split's examples with cached features, a video each with all its questions, which do not see each other."""
+    sets = MixtureConfig((SetConfig(split, questions_file(job.out, split)),))
+    mixture = Mixture(sets, conversations_per_example=QUESTIONS_KEPT[split])
     examples = TrainingDataset(mixture, processor, **settings)
     examples.features = cache_features(
         examples, model, job.out / "features", device=torch.device("cpu"), bf16=False, num_workers=0
@@ -280,7 +277,7 @@ def make_recipe(job: Job, model: Path) -> Recipe:
             mixture=questions_file(job.out, TRAIN),
             num_workers=0,
             feature_cache=job.out / "features",
-            conversations_per_example=QUESTIONS_KEPT,
+            conversations_per_example=QUESTIONS_KEPT[TRAIN],
         ),
         video=VideoRecipe(variant.num_frames, variant.temporal_pool, variant.spatial_pool),
         learning_rates=LearningRates(temporal_projector=2e-4, language_model=1e-3),
@@ -320,9 +317,9 @@ def run_job(job: Job) -> dict[str, Any]:
 
 @torch.no_grad()
 def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> dict[str, Any]:
-    """Asks the test's questions one at a time; tells who is right about what, the tokens and the time of a video."""
-    dataset = examples_of(job, TEST, model, processor, temporal_sample=temporal_sample)
-    loader = DataLoader(dataset, batch_size=TEST_BATCH_SIZE, collate_fn=StormCollator(processor))
+    """Asks the test's questions; tells who is right about what, the tokens and the time of a video."""
+    examples = examples_of(job, TEST, model, processor, temporal_sample=temporal_sample)
+    loader = DataLoader(examples, batch_size=TEST_BATCH_SIZE, collate_fn=StormCollator(processor))
     right: list[bool] = []
     seconds = []
     for batch in loader:
@@ -334,21 +331,26 @@ def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> di
     by_task: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for record, is_right in zip(records, right, strict=True):
         by_task[record["task"]][record["video"]].append(is_right)
-    example = dataset[0]
     return {
         "temporal_sample": temporal_sample,
-        "visual_tokens": int((example["input_ids"] == processor.video_token_id).sum()),
-        "seconds_per_question": statistics.median(seconds),
+        "visual_tokens": int((examples[0]["input_ids"] == processor.video_token_id).sum()),
+        "seconds_per_video": statistics.median(seconds),
         "right": {task: dict(videos) for task, videos in by_task.items()},
     }
 
 
 def answered(model: Any, batch: dict[str, torch.Tensor]) -> Iterator[bool]:
-    """Tells for each example whether greedy decoding writes its answer: whether each of its tokens is the likeliest."""
-    labels = batch.pop("labels")
-    likeliest = model(**batch).logits[:, :-1].argmax(-1)
-    is_label = labels[:, 1:] != IGNORED_LABEL
-    return iter(((likeliest == labels[:, 1:]) | ~is_label).all(1).tolist())
+    """Tells for each answer whether greedy decoding writes it: whether each of its tokens is the likeliest."""
+    labels = batch.pop("labels")[:, 1:]
+    is_wrong = model(**batch).logits[:, :-1].argmax(-1) != labels
+    is_label = labels != IGNORED_LABEL
+    starts = is_label.clone()
+    starts[:, 1:] &= ~is_label[:, :-1]
+    # Questions stand between the answers about a video: each run of labels is one.
+    numbers = starts.cumsum(1)
+    for row in range(len(labels)):
+        for number in range(1, int(numbers[row, -1]) + 1):
+            yield not bool(is_wrong[row][is_label[row] & (numbers[row] == number)].any())
 
 
 def main() -> None:

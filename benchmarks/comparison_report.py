@@ -86,7 +86,7 @@ def _gather(results: list[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
         gathered[key] = {
             "scores": {task: _scores(tests, task) for task in tasks},
             "visual_tokens": tests[0]["visual_tokens"],
-            "seconds_per_question": float(np.median([test["seconds_per_question"] for test in tests])),
+            "seconds_per_video": float(np.median([test["seconds_per_video"] for test in tests])),
         }
     return gathered
 
@@ -126,7 +126,7 @@ def _row(key: Key, entry: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
         "high": high,
         "by_seed": scores[ALL].by_seed.tolist(),
         "by_task": {task: float(scores[task].by_seed.mean()) for task in tasks},
-        "seconds_per_question": entry["seconds_per_question"],
+        "seconds_per_video": entry["seconds_per_video"],
     }
 
 
@@ -138,7 +138,7 @@ def _difference(first: Scores, second: Scores) -> dict[str, Any]:
 
 
 def _markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]], tasks: list[str]) -> str:
-    head = ["model", "frames", "visual tokens", "accuracy (95%)", "seeds", *tasks, "ms a question"]
+    head = ["model", "frames", "visual tokens", "accuracy (95%)", "seeds", *tasks, "ms a video"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         sampling = f" + T.sample {row['temporal_sample']}" if row["temporal_sample"] > 1 else ""
@@ -149,7 +149,7 @@ def _markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]], tas
             f"{_percent(row['accuracy'])} ({_percent(row['low'])} to {_percent(row['high'])})",
             ", ".join(_percent(value) for value in row["by_seed"]),
             *(_percent(row["by_task"][task]) for task in tasks),
-            f"{1000 * row['seconds_per_question']:.1f}",
+            f"{1000 * row['seconds_per_video']:.1f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "| difference, in points | mean (95%) | by seed |", "|---|---|---|"]
