@@ -118,10 +118,10 @@ class Scale:
     test_videos: int = 200
     texts: int = 20000
     # Steps of the language model on texts, and of each model on words and on questions.
-    text_steps: int = 1000
+    text_steps: int = 6000
     word_steps: int = 1000
     steps: int = 400
-    text_batch_size: int = 16
+    text_batch_size: int = 4
     word_batch_size: int = 8
     # Videos of a step, each with all its questions.
     batch_size: int = 4
@@ -189,9 +189,9 @@ def train_language_model(out: Path, scale: Scale) -> Path:
         model=ModelRecipe(path=str(folder / "composed")),
         data=DataRecipe(mixture=reading_file(out), num_workers=0),
         video=VideoRecipe(),
-        learning_rates=LearningRates(language_model=2e-3),
+        learning_rates=LearningRates(language_model=1.5e-3),
         schedule=_schedule(scale.text_steps, scale.text_batch_size, seed=0),
-        output=OutputRecipe(folder=folder, save_steps=200, report_to=()),
+        output=OutputRecipe(folder=folder, save_steps=1000, report_to=()),
     )
     train(recipe, use_cpu=True)
     return folder / "model"
