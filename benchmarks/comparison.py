@@ -13,6 +13,8 @@ video by video and seed by seed.
 
 Runs are kept, and a cut comparison goes on where it was. The result is ``comparison.json``, ``comparison.md``,
 ``comparison.png`` and ``comparison_differences.png`` in the folder. It needs `storm-vlm[demo,train,world]` and `storm setup-demo`.
+With glibc, ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000`` in the environment keep freed memory, which takes much of the
+time of models as small as these.
 """
 
 import argparse
@@ -38,8 +40,9 @@ from comparison_data import (
     make_tokenizer,
     questions_file,
     reading_file,
+    reading_test_file,
 )
-from comparison_report import write_report
+from comparison_report import ALL, write_report
 from comparison_words import WordLoss, Words, teach_words
 from measuring import machine
 from torch.utils.data import DataLoader
@@ -72,6 +75,7 @@ from storm_vlm.training.recipe import (
 from storm_vlm.video import read_video
 
 TEST_BATCH_SIZE = 4
+TEXT_BATCH_SIZE = 16
 VILA = {"projector_type": "mlp", "num_mamba_layers": 0, "vocabulary_readout": True}
 STORM = {
     "projector_type": "linear",
@@ -157,6 +161,11 @@ class Job:
         name = f"{self.variant.name} {self.variant.num_frames}f seed {self.seed}".replace(" ", "-")
         object.__setattr__(self, "folder", self.out / "runs" / name)
 
+    @property
+    def result(self) -> Path:
+        """File of what came of it."""
+        return self.folder / "result.json"
+
 
 def train_language_model(out: Path, scale: Scale) -> Path:
     """Trains the language model on texts, and returns the folder of the model that it is part of."""
@@ -195,6 +204,30 @@ def train_language_model(out: Path, scale: Scale) -> Path:
     )
     train(recipe, use_cpu=True)
     return folder / "model"
+
+
+@torch.no_grad()
+def test_language_model(out: Path) -> dict[str, float]:
+    """Asks the test's questions about texts in place of videos: what the best projector could be worth to this language model.
+
+    Returns:
+        The share of right answers of each task, and of all.
+    """
+    model, processor = load(out / "language-model" / "model")
+    mixture = Mixture(MixtureConfig((SetConfig("texts", reading_test_file(out)),)))
+    loader = DataLoader(
+        TrainingDataset(mixture, processor), batch_size=TEXT_BATCH_SIZE, collate_fn=StormCollator(processor)
+    )
+    right: list[bool] = []
+    for batch in loader:
+        batch.pop("bad_samples")
+        right += answered(model, batch)
+    by_task: dict[str, list[bool]] = defaultdict(list)
+    records = json.loads(reading_test_file(out).read_text(encoding="utf-8"))
+    for record, is_right in zip(records, right, strict=True):
+        by_task[record["task"]].append(is_right)
+    by_task[ALL] = right
+    return {task: statistics.mean(answers) for task, answers in by_task.items()}
 
 
 def _schedule(steps: int, batch_size: int, seed: int) -> ScheduleRecipe:
@@ -286,11 +319,8 @@ def make_recipe(job: Job, model: Path) -> Recipe:
     )
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Trains and tests one model, or reads what an earlier run came to."""
-    file = job.folder / "result.json"
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+def run_job(job: Job) -> Job:
+    """Trains and tests one model, writes what came of it, and returns the job."""
     # A cut run begins anew: a model of words whose questions were cut would be another model.
     shutil.rmtree(job.folder, ignore_errors=True)
     library_logging.disable_progress_bar()
@@ -310,9 +340,9 @@ def run_job(job: Job) -> dict[str, Any]:
         "training_seconds": training_seconds,
         "tests": tests,
     }
-    with atomic_file(file) as path:
+    with atomic_file(job.result) as path:
         path.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    return result
+    return job
 
 
 @torch.no_grad()
@@ -370,22 +400,21 @@ def main() -> None:
     num_videos = {TRAIN: scale.train_videos, TEST: scale.test_videos}
     make_data(options.out, num_videos, scale.num_names, scale.texts)
     train_language_model(options.out, scale)
+    from_texts = test_language_model(options.out)
     jobs = [
         Job(options.out, scale, variant, seed, options.threads)
         for seed in options.seeds
         for variant in VARIANTS
     ]
+    to_run = [job for job in jobs if not job.result.is_file()]
     # A process for each job: what one leaves behind in libraries does not reach the next.
     context = multiprocessing.get_context("spawn")
-    results = []
     with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for job in as_completed([pool.submit(run_job, job) for job in jobs]):
-            results.append(job.result())
-            last = results[-1]
-            print(
-                f"{len(results)}/{len(jobs)} {last['variant']}, {last['num_frames']} frames, seed {last['seed']}"
-            )
-    write_report(results, options.out, machine())
+        running = [pool.submit(run_job, job) for job in to_run]
+        for number, future in enumerate(as_completed(running), start=1):
+            print(f"{number}/{len(to_run)} {future.result().folder.name}")
+    results = [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs]
+    write_report(results, from_texts, options.out, machine())
 
 
 if __name__ == "__main__":

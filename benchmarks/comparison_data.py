@@ -41,6 +41,11 @@ def reading_file(out: Path) -> Path:
     return out / "reading.json"
 
 
+def reading_test_file(out: Path) -> Path:
+    """Returns the file of texts about the test's videos, a question each."""
+    return out / "reading_test.json"
+
+
 def make_data(out: Path, num_videos: dict[str, int], num_names: int, num_texts: int) -> None:
     """Writes videos and questions, and texts about other videos of the same world, or what is missing of them.
 
@@ -69,6 +74,8 @@ def make_data(out: Path, num_videos: dict[str, int], num_names: int, num_texts: 
     texts = (_text_record(config, index) for index in range(first, first + num_texts))
     if not reading_file(out).is_file():
         _write(reading_file(out), list(texts))
+    tests = (record for index in range(num_videos[TEST]) for record in _text_tests(config, index))
+    _write(reading_test_file(out), list(tests))
 
 
 def _asked(annotations: Path, split: str) -> Iterator[dict[str, Any]]:
@@ -96,6 +103,17 @@ def _text_record(config: WorldConfig, index: int) -> dict[str, Any]:
     turns = [turn for question in questions for turn in _turns(question)]
     turns[0]["value"] = f"{_told(script, rng)}\n{turns[0]['value']}"
     return {"id": index, "conversations": turns}
+
+
+def _text_tests(config: WorldConfig, index: int) -> Iterator[dict[str, Any]]:
+    """Tells of a video of the test in words, once for each of its questions."""
+    script, asked = make_sample(config, TEST, index)
+    told = _told(script, random.Random(index))
+    for question in asked:
+        if question.task not in (*LEFT_OUT, "describe"):
+            turns = _turns(question)
+            turns[0]["value"] = f"{told}\n{turns[0]['value']}"
+            yield {"id": f"{index} {question.task}", "task": question.task, "conversations": turns}
 
 
 def _turns(question: Question) -> list[dict[str, str]]:

@@ -20,18 +20,25 @@ NUM_RESAMPLES = 2000
 Key = tuple[str, int, int]
 DIFFERENCES: tuple[tuple[str, Key, Key], ...] = (
     (
-        "12.5% of the tokens against VILA at the same budget",
-        ("STORM + T.pool", 32, 2),
-        ("VILA", 32, 8),
+        "12.5% of 128 frames against VILA at the same tokens",
+        ("STORM + T.pool", 128, 2),
+        ("VILA + T.pool", 128, 2),
     ),
-    ("12.5% of the tokens against VILA at 100%", ("STORM + T.pool", 32, 2), ("VILA", 32, 1)),
-    ("12.5% of the tokens against STORM at 100%", ("STORM + T.pool", 32, 2), ("STORM", 32, 1)),
-    ("Mamba, all tokens, 8 frames", ("STORM", 8, 1), ("VILA", 8, 1)),
-    ("Mamba, all tokens, 32 frames", ("STORM", 32, 1), ("VILA", 32, 1)),
-    ("Mamba under T.pool, 32 frames", ("STORM + T.pool", 32, 1), ("VILA + T.pool", 32, 1)),
-    ("Mamba under T.pool, 128 frames", ("STORM + T.pool", 128, 1), ("VILA + T.pool", 128, 1)),
-    ("both ways against one way, T.pool", ("STORM + T.pool", 32, 1), ("uni-directional + T.pool", 32, 1)),
-    ("128 frames under T.pool against 32 at all tokens", ("STORM + T.pool", 128, 1), ("STORM", 32, 1)),
+    ("12.5% of 128 frames against VILA, 32 frames, 100%", ("STORM + T.pool", 128, 2), ("VILA", 32, 1)),
+    ("12.5% of 32 frames against VILA at the same tokens", ("STORM + T.pool", 32, 2), ("VILA", 32, 8)),
+    ("12.5% of 32 frames against VILA, 32 frames, 100%", ("STORM + T.pool", 32, 2), ("VILA", 32, 1)),
+    ("12.5% of 32 frames against STORM, 32 frames, 100%", ("STORM + T.pool", 32, 2), ("STORM", 32, 1)),
+    ("Mamba, 8 frames", ("STORM", 8, 1), ("VILA", 8, 1)),
+    ("Mamba, 32 frames", ("STORM", 32, 1), ("VILA", 32, 1)),
+    ("Mamba with T.pool, 32 frames", ("STORM + T.pool", 32, 1), ("VILA + T.pool", 32, 1)),
+    ("Mamba with T.pool, 128 frames", ("STORM + T.pool", 128, 1), ("VILA + T.pool", 128, 1)),
+    (
+        "both ways against one way, T.pool, 32 frames",
+        ("STORM + T.pool", 32, 1),
+        ("uni-directional + T.pool", 32, 1),
+    ),
+    ("STORM, 128 frames with T.pool against 32 at 100%", ("STORM + T.pool", 128, 1), ("STORM", 32, 1)),
+    ("T.pool against S.pool, STORM, 32 frames", ("STORM + T.pool", 32, 1), ("STORM + S.pool", 32, 1)),
 )
 
 
@@ -52,8 +59,17 @@ class Scores:
         return (self.right[:, drawn].sum(-1) / self.asked[:, drawn].sum(-1)).mean(0)
 
 
-def write_report(results: list[dict[str, Any]], out: Path, machine: dict[str, Any]) -> None:
-    """Writes ``comparison.json``, ``comparison.md``, ``comparison.png`` and ``comparison_differences.png``."""
+def write_report(
+    results: list[dict[str, Any]], from_texts: dict[str, float], out: Path, machine: dict[str, Any]
+) -> None:
+    """Writes ``comparison.json``, ``comparison.md``, ``comparison.png`` and ``comparison_differences.png``.
+
+    Args:
+        results: Of the runs.
+        from_texts: Share of right answers of each task, and of all, when texts stand in place of videos.
+        out: Folder of the files.
+        machine: On which they ran.
+    """
     tests = _gather(results)
     tasks = sorted({task for scores in tests.values() for task in scores["scores"]} - {ALL})
     rows = [_row(key, entry, tasks) for key, entry in sorted(tests.items(), key=lambda item: _order(item[0]))]
@@ -62,9 +78,9 @@ def write_report(results: list[dict[str, Any]], out: Path, machine: dict[str, An
         for what, first, second in DIFFERENCES
         if first in tests and second in tests
     ]
-    report = {"machine": machine, "rows": rows, "differences": differences}
+    report = {"machine": machine, "from_texts": from_texts, "rows": rows, "differences": differences}
     _write(out / "comparison.json", json.dumps(report, indent=1) + "\n")
-    _write(out / "comparison.md", _markdown(rows, differences, tasks))
+    _write(out / "comparison.md", _markdown(rows, from_texts, differences, tasks))
     _plot(rows, out / "comparison.png")
     _plot_differences(differences, out / "comparison_differences.png")
 
@@ -137,7 +153,12 @@ def _difference(first: Scores, second: Scores) -> dict[str, Any]:
     return {"mean": float(by_seed.mean()), "low": low, "high": high, "by_seed": by_seed.tolist()}
 
 
-def _markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]], tasks: list[str]) -> str:
+def _markdown(
+    rows: list[dict[str, Any]],
+    from_texts: dict[str, float],
+    differences: list[dict[str, Any]],
+    tasks: list[str],
+) -> str:
     head = ["model", "frames", "visual tokens", "accuracy (95%)", "seeds", *tasks, "ms a video"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
@@ -152,6 +173,9 @@ def _markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]], tas
             f"{1000 * row['seconds_per_video']:.1f}",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    told = (_percent(from_texts[task]) for task in tasks)
+    cells = ["language model, from texts", "", "", _percent(from_texts[ALL]), "", *told, ""]
+    lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| difference, in points | mean (95%) | by seed |", "|---|---|---|"]
     for entry in differences:
         interval = f"{_points(entry['mean'])} ({_points(entry['low'])} to {_points(entry['high'])})"

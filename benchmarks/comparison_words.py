@@ -8,7 +8,7 @@ that the stage is the same for one frame or four, one token or four.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -80,6 +80,7 @@ class Words(Dataset[dict[str, torch.Tensor]]):
         group_size: Frames of a group.
         tokenizer: Of the language model.
         empty: Token that stands for no word.
+        said: What the groups of each video that has been read are to say.
     """
 
     examples: TrainingDataset
@@ -88,6 +89,7 @@ class Words(Dataset[dict[str, torch.Tensor]]):
     group_size: int
     tokenizer: PreTrainedTokenizerBase
     empty: int
+    said: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of videos."""
@@ -95,6 +97,11 @@ class Words(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Returns `features` and `said` of `WordLoss.forward`, of one video."""
+        if index not in self.said:
+            self.said[index] = self._read(index)
+        return {"features": self.examples[index]["video_patch_features"], "said": self.said[index]}
+
+    def _read(self, index: int) -> torch.Tensor:
         file = self.world / TRAIN / "scripts" / f"{index:06d}.json"
         script = Script.from_dict(json.loads(file.read_text(encoding="utf-8")))
         starts = range(0, len(self.times_seconds), self.group_size)
@@ -103,7 +110,7 @@ class Words(Dataset[dict[str, torch.Tensor]]):
             words = words_at(script, self.times_seconds[start : start + self.group_size])
             token_ids = [i for word in words for i in self.tokenizer.encode(word, add_special_tokens=False)]
             said[group, token_ids or [self.empty]] = True
-        return {"features": self.examples[index]["video_patch_features"], "said": said}
+        return said
 
 
 def teach_words(
