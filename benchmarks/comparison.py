@@ -13,8 +13,8 @@ video by video and seed by seed.
 
 Runs are kept, and a cut comparison goes on where it was. The result is ``comparison.json``, ``comparison.md``,
 ``comparison.png`` and ``comparison_differences.png`` in the folder. It needs `storm-vlm[demo,train,world]` and `storm setup-demo`.
-With glibc, ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000`` in the environment keep freed memory, which takes much of the
-time of models as small as these.
+With glibc, set ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000`` in the environment: otherwise models as small as these spend
+much of their time on returning memory and asking for it again.
 """
 
 import argparse
@@ -215,12 +215,8 @@ def test_language_model(out: Path) -> dict[str, float]:
     """
     model, processor = load(out / "language-model" / "model")
     mixture = Mixture(MixtureConfig((SetConfig("texts", reading_test_file(out)),)))
-    loader = DataLoader(
-        TrainingDataset(mixture, processor), batch_size=TEXT_BATCH_SIZE, collate_fn=StormCollator(processor)
-    )
     right: list[bool] = []
-    for batch in loader:
-        batch.pop("bad_samples")
+    for batch in batches(TrainingDataset(mixture, processor), processor, TEXT_BATCH_SIZE):
         right += answered(model, batch)
     by_task: dict[str, list[bool]] = defaultdict(list)
     records = json.loads(reading_test_file(out).read_text(encoding="utf-8"))
@@ -228,6 +224,15 @@ def test_language_model(out: Path) -> dict[str, float]:
         by_task[record["task"]].append(is_right)
     by_task[ALL] = right
     return {task: statistics.mean(answers) for task, answers in by_task.items()}
+
+
+def batches(
+    examples: TrainingDataset, processor: StormProcessor, batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields a test's examples in order, as the model takes them."""
+    for batch in DataLoader(examples, batch_size=batch_size, collate_fn=StormCollator(processor)):
+        batch.pop("bad_samples")
+        yield batch
 
 
 def _schedule(steps: int, batch_size: int, seed: int) -> ScheduleRecipe:
@@ -349,11 +354,9 @@ def run_job(job: Job) -> Job:
 def test_model(job: Job, model: Any, processor: Any, temporal_sample: int) -> dict[str, Any]:
     """Asks the test's questions; tells who is right about what, the tokens and the time of a video."""
     examples = examples_of(job, TEST, model, processor, temporal_sample=temporal_sample)
-    loader = DataLoader(examples, batch_size=TEST_BATCH_SIZE, collate_fn=StormCollator(processor))
     right: list[bool] = []
     seconds = []
-    for batch in loader:
-        batch.pop("bad_samples")
+    for batch in batches(examples, processor, TEST_BATCH_SIZE):
         start = time.perf_counter()
         right += answered(model, batch)
         seconds.append((time.perf_counter() - start) / len(batch["input_ids"]))
@@ -396,6 +399,8 @@ def main() -> None:
         "--quick", action="store_true", help="a few steps of tiny models, to see that it runs"
     )
     options = parser.parse_args()
+    if min(options.jobs, options.threads) < 1:
+        parser.error("--jobs and --threads must be at least 1")
     scale = QUICK if options.quick else Scale()
     num_videos = {TRAIN: scale.train_videos, TEST: scale.test_videos}
     make_data(options.out, num_videos, scale.num_names, scale.texts)

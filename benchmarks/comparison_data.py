@@ -15,10 +15,9 @@ from storm_vlm.storage import atomic_file
 TRAIN, TEST = "train", "test_in_vocabulary"
 IMAGE_SIZE = (64, 64)
 SECONDS = 32
-# Words on the screen cannot be read at this size.
-LEFT_OUT = ("text",)
+# Words on the screen cannot be read at this size. Descriptions only teach: no two that are right need the same words.
+LEFT_OUT = {TRAIN: ("text",), TEST: ("text", "describe")}
 QUESTIONS_PER_VIDEO = 7
-# Descriptions only teach: no two that are right need the same words.
 QUESTIONS_KEPT = {TRAIN: 6, TEST: 5}
 VOCABULARY = 1024
 # Lines in which a text tells of a video, as finely as groups of frames do.
@@ -79,9 +78,8 @@ def make_data(out: Path, num_videos: dict[str, int], num_names: int, num_texts: 
 
 
 def _asked(annotations: Path, split: str) -> Iterator[dict[str, Any]]:
-    left_out = LEFT_OUT if split == TRAIN else (*LEFT_OUT, "describe")
     for record in json.loads(annotations.read_text(encoding="utf-8")):
-        if record["task"] not in left_out:
+        if record["task"] not in LEFT_OUT[split]:
             answer = record["conversations"][-1]
             answer["value"] = _without_screen(answer["value"])
             yield record
@@ -95,13 +93,12 @@ def _text_record(config: WorldConfig, index: int) -> dict[str, Any]:
     """Tells of a video in words, and asks about it: a description alone, or after other questions."""
     script, asked = make_sample(config, TRAIN, index)
     rng = random.Random(index)
-    questions = [question for question in asked if question.task not in LEFT_OUT]
+    questions = [question for question in asked if question.task not in LEFT_OUT[TRAIN]]
     rng.shuffle(questions)
     if questions[0].task == "describe":
         questions = questions[:1]
     questions.sort(key=lambda question: question.task == "describe")
-    turns = [turn for question in questions for turn in _turns(question)]
-    turns[0]["value"] = f"{_told(script, rng)}\n{turns[0]['value']}"
+    turns = _turns_after(_told(script, rng), questions)
     return {"id": index, "conversations": turns}
 
 
@@ -110,17 +107,23 @@ def _text_tests(config: WorldConfig, index: int) -> Iterator[dict[str, Any]]:
     script, asked = make_sample(config, TEST, index)
     told = _told(script, random.Random(index))
     for question in asked:
-        if question.task not in (*LEFT_OUT, "describe"):
-            turns = _turns(question)
-            turns[0]["value"] = f"{told}\n{turns[0]['value']}"
+        if question.task not in LEFT_OUT[TEST]:
+            turns = _turns_after(told, [question])
             yield {"id": f"{index} {question.task}", "task": question.task, "conversations": turns}
 
 
-def _turns(question: Question) -> list[dict[str, str]]:
-    return [
-        {"from": "human", "value": question.text},
-        {"from": "gpt", "value": _without_screen(question.answer)},
+def _turns_after(told: str, questions: Iterable[Question]) -> list[dict[str, str]]:
+    """Returns questions and answers in turn, the first after what is told."""
+    turns = [
+        turn
+        for question in questions
+        for turn in (
+            {"from": "human", "value": question.text},
+            {"from": "gpt", "value": _without_screen(question.answer)},
+        )
     ]
+    turns[0]["value"] = f"{told}\n{turns[0]['value']}"
+    return turns
 
 
 def _told(script: Script, rng: random.Random) -> str:
