@@ -171,9 +171,9 @@ def apply_video_settings(
 
 
 def adapter_hash(folder: Path) -> str:
-    """Returns a hash of an adapter's files."""
+    """Returns a hash of an adapter's files, its card aside: another text about a model makes no other model."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in sorted(file for file in folder.iterdir() if file.suffix != ".md"):
         digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     return digest.hexdigest()
 
