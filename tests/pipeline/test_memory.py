@@ -28,6 +28,26 @@ def test_estimate_grows_with_frames_and_shrinks_with_compression(video_qa):
     assert estimate(10**6).peak_bytes > 10**9
 
 
+def test_scores_of_the_vocabulary_count_as_long_as_tokens_are_read_out_at_once(video_qa, monkeypatch):
+    model = video_qa.model
+    without = estimate_memory(model, SIZE, 100, TokenCompression())
+    assert without.readout_bytes == 0
+    monkeypatch.setattr(model.config.projector_config, "vocabulary_readout", True)
+    vocabulary_size = len(model.get_input_embeddings().weight)
+
+    def rows(num_frames, **compression):
+        estimate = estimate_memory(model, SIZE, num_frames, TokenCompression(**compression))
+        # Scores and their softmax, float32.
+        return estimate.readout_bytes / (2 * 4 * vocabulary_size)
+
+    tokens_of_a_frame = rows(1)
+    assert tokens_of_a_frame in (1, 4)
+    assert rows(100, temporal_sample=4) == 25 * tokens_of_a_frame
+    assert rows(10**5) == 1024
+    monkeypatch.setattr(memory, "_READOUT_BUFFERS", 10**9)
+    assert estimate_memory(model, SIZE, 100, TokenCompression()).encode_bytes > without.encode_bytes + 10**9
+
+
 def test_frames_and_sampling_that_are_advised_fit(video_qa):
     model, plain = video_qa.model, TokenCompression()
     limit = (

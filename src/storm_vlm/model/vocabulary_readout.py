@@ -3,7 +3,7 @@
 import torch
 
 # Tokens that are read out at once: their scores over a vocabulary of 150,000 are 0.6 GB in float32.
-_CHUNK = 1024
+READOUT_CHUNK_TOKENS = 1024
 
 
 def vocabulary_readout(tokens: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -25,6 +25,6 @@ def vocabulary_readout(tokens: torch.Tensor, embeddings: torch.Tensor) -> torch.
     """
     keys = embeddings.to(tokens)
     scale = keys.shape[-1] ** -0.5
-    chunks = tokens.flatten(0, -2).split(_CHUNK)
+    chunks = tokens.flatten(0, -2).split(READOUT_CHUNK_TOKENS)
     # Not torch's attention: for keys as many as a vocabulary its backward pass takes several times as long.
     return torch.cat([torch.softmax(scale * chunk @ keys.T, -1) @ keys for chunk in chunks]).view_as(tokens)

@@ -9,6 +9,7 @@ import torch
 
 from storm_vlm.errors import BudgetError
 from storm_vlm.model import StormForConditionalGeneration, TokenCompression, visual_grid
+from storm_vlm.model.vocabulary_readout import READOUT_CHUNK_TOKENS
 
 # Tokens that go through a Mamba layer at once; its buffers, but for one, do not grow with the video.
 MIX_CHUNK_TOKENS = 4096
@@ -20,6 +21,8 @@ _VISION_ACTIVATIONS = 32
 _MIXER_BUFFERS = 10
 # Beside the projected tokens: the sequence made of them, the layer norm's output and the mixer's.
 _TOKEN_BUFFERS = 3
+# Scores of the vocabulary, and the softmax of them.
+_READOUT_BUFFERS = 2
 # Live buffers of a decoder layer in prefill, each as wide as the hidden or the intermediate size.
 _PREFILL_HIDDEN, _PREFILL_INTERMEDIATE = 8, 3
 # What the libraries' kernels take on first use, measured on a CPU.
@@ -37,6 +40,7 @@ class MemoryEstimate:
         vision_bytes: One piece of frames in the vision encoder.
         tokens_bytes: All projected tokens, before compression.
         mixing_bytes: Copies of them and buffers while the Mamba layers run.
+        readout_bytes: Scores of the vocabulary, of as many compressed tokens as are read out at once.
         kv_cache_bytes: Keys and values of the prompt and the answer.
         prefill_bytes: Activations of the language model while it reads the prompt.
         workspace_bytes: What libraries take on first use.
@@ -45,6 +49,7 @@ class MemoryEstimate:
     vision_bytes: int
     tokens_bytes: int
     mixing_bytes: int
+    readout_bytes: int
     kv_cache_bytes: int
     prefill_bytes: int
     workspace_bytes: int = _WORKSPACE_BYTES
@@ -52,7 +57,8 @@ class MemoryEstimate:
     @property
     def encode_bytes(self) -> int:
         """Peak while the video is encoded."""
-        return self.tokens_bytes + max(self.vision_bytes, self.mixing_bytes) + self.workspace_bytes
+        largest = max(self.vision_bytes, self.mixing_bytes, self.readout_bytes)
+        return self.tokens_bytes + largest + self.workspace_bytes
 
     @property
     def answer_bytes(self) -> int:
@@ -97,9 +103,8 @@ def estimate_memory(
     width = config.projector_config.hidden_size
     num_pixels = min(num_frames, CHUNK_FRAMES) * 3 * frame_size[0] * frame_size[1]
     mixer_bytes = MIX_CHUNK_TOKENS * config.projector_config.expand * width * 4 * _MIXER_BUFFERS
-    kv_cache_bytes, prefill_bytes = _answer_bytes(
-        model, groups * kept_rows * kept_columns + num_text_tokens, 0
-    )
+    num_kept = groups * kept_rows * kept_columns
+    kv_cache_bytes, prefill_bytes = _answer_bytes(model, num_kept + num_text_tokens, 0)
     tokens_bytes = frames * rows * columns * width * model.dtype.itemsize
     # The first direction's output, as wide as the inner channels, until the second one is added to it.
     kept_bytes = tokens_bytes * config.projector_config.expand * config.projector_config.bidirectional
@@ -107,6 +112,7 @@ def estimate_memory(
         vision_bytes=num_pixels * 4 * _VISION_ACTIVATIONS,
         tokens_bytes=tokens_bytes,
         mixing_bytes=tokens_bytes * _TOKEN_BUFFERS + kept_bytes + mixer_bytes,
+        readout_bytes=_readout_bytes(model, num_kept),
         kv_cache_bytes=kv_cache_bytes,
         prefill_bytes=prefill_bytes,
     )
@@ -203,6 +209,15 @@ def available_bytes(model: StormForConditionalGeneration, max_memory_bytes: int 
         return free_bytes
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return max(0, min(free_bytes, max_memory_bytes - weights))
+
+
+def _readout_bytes(model: StormForConditionalGeneration, num_tokens: int) -> int:
+    """Returns the memory of the vocabulary's scores while compressed tokens are read out, 0 without a readout."""
+    if not model.config.projector_config.vocabulary_readout:
+        return 0
+    vocabulary_size = model.get_input_embeddings().num_embeddings
+    scores = min(num_tokens, READOUT_CHUNK_TOKENS) * vocabulary_size
+    return scores * model.dtype.itemsize * _READOUT_BUFFERS
 
 
 def _answer_bytes(
