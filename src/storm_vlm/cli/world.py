@@ -35,6 +35,10 @@ def generate(
     answers: Annotated[
         str, typer.Option("--answers", help="Options are named by their `letter` or their text (`option`).")
     ] = "letter",
+    things: Annotated[
+        str,
+        typer.Option("--things", help="Show the `usual` things, or `other` ones that no usual world shows."),
+    ] = "usual",
     names: Annotated[
         int | None, typer.Option("--names", help="Show only so many different things [all].")
     ] = None,
@@ -61,6 +65,7 @@ def generate(
         num_videos=counts,
         questions_per_video=questions,
         open_per_video=open_questions,
+        things=things,  # type: ignore[arg-type]  # the config checks it
         num_names=names,
         difficulties=tuple(difficulties.split(",")),  # type: ignore[arg-type]  # the config checks it
         answer_style=answers,  # type: ignore[arg-type]  # the config checks it

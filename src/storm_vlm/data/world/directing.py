@@ -138,7 +138,7 @@ def sample_rng(config: WorldConfig, split: Split, index: int, purpose: str) -> r
 def split_names(config: WorldConfig, split: Split) -> tuple[str, ...]:
     """Returns the names that a split may show: those that every style can draw, so that styles share one vocabulary."""
     drawable = frozenset.intersection(*(available_names(s) for s in (*config.styles, config.unseen_style)))
-    things = vocabulary(unseen=split == "test_unseen_objects")
+    things = vocabulary("unseen" if split == "test_unseen_objects" else config.things)
     names = tuple(thing.name for thing in things if thing.name in drawable)
     if config.num_names is None or config.num_names >= len(names):
         return names

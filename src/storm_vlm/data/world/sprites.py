@@ -48,8 +48,9 @@ class IconifySet:
 
     @property
     def cache_path(self) -> Path:
-        """Where the set's icons are kept."""
-        return cache_directory() / "sprites" / f"{self.package.rpartition('/')[2]}-{self.version}.json"
+        """Where the icons of our things are kept; of more things, elsewhere."""
+        name = f"{self.package.rpartition('/')[2]}-{self.version}-{len(load_things())}.json"
+        return cache_directory() / "sprites" / name
 
 
 ICONIFY_SETS = {
