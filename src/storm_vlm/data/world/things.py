@@ -39,7 +39,7 @@ class Thing:
 @cache
 def load_things() -> dict[str, Thing]:
     """Reads all things, by name, in a fixed order."""
-    things = {}
+    things: dict[str, Thing] = {}
     for file, is_other in (("things.csv", False), ("other_things.csv", True)):
         text = (files("storm_vlm.data.world") / file).read_text(encoding="utf-8")
         things |= {row["name"]: Thing(**row, is_other=is_other) for row in csv.DictReader(text.splitlines())}
