@@ -48,7 +48,7 @@ class IconifySet:
 
     @property
     def cache_path(self) -> Path:
-        """Where the icons of our things are kept; of more things, elsewhere."""
+        """Where the icons of our things are kept; they are unpacked anew when there are more of them."""
         name = f"{self.package.rpartition('/')[2]}-{self.version}-{len(load_things())}.json"
         return cache_directory() / "sprites" / name
 
