@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from storm_vlm.data.workers import worker_context
 from storm_vlm.data.world import Script, tell
 from storm_vlm.data.world.telling import Kind
 from storm_vlm.model import ComposeOptions, StormForConditionalGeneration, StormProcessor, TokenCompression
@@ -99,7 +100,12 @@ def read_videos(
     scripts: list[Script], model: StormForConditionalGeneration, processor: StormProcessor
 ) -> Videos:
     """Reads videos with their scripts and encodes them."""
-    loader = DataLoader(Frames(scripts, processor), batch_size=None, num_workers=1)
+    loader = DataLoader(
+        Frames(scripts, processor),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context=worker_context(1),
+    )
     group_size = COMPRESSION.temporal_pool
     token_ids = torch.empty(len(scripts), NUM_FRAMES // group_size, NUM_PLACES, dtype=torch.long)
     features = torch.empty(0)

@@ -19,6 +19,7 @@ from storm_vlm.data import (
     TrainingDataset,
     estimate_lengths,
 )
+from storm_vlm.data.workers import worker_context
 from storm_vlm.errors import DataError
 from tests.data.corpus import llava, write_json
 from tests.model.tiny import make_model
@@ -74,7 +75,11 @@ def load(mixture, processor, num_workers, skip=0, **options):
     batches = list(TrainingBatches(mixture, num_epochs=2, batch_size=4, **options))[skip:]
     return list(
         DataLoader(
-            dataset, batch_sampler=batches, collate_fn=StormCollator(processor), num_workers=num_workers
+            dataset,
+            batch_sampler=batches,
+            collate_fn=StormCollator(processor),
+            num_workers=num_workers,
+            multiprocessing_context=worker_context(num_workers),
         )
     )
 

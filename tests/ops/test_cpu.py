@@ -195,6 +195,7 @@ def test_in_forked_workers_of_a_parent_that_used_it(workers_threads):
         batch_size=None,
         num_workers=2,
         multiprocessing_context="fork",
+        timeout=120,
         worker_init_fn=lambda _: torch.set_num_threads(workers_threads),
     )
     for got, expected in zip(loader, want, strict=True):

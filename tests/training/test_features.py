@@ -1,6 +1,7 @@
 """The cache of a frozen encoder's features: training comes to the same weights, and the encoder rests."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -47,6 +48,14 @@ def test_the_cache_changes_nothing(recipe, tmp_path, encoded_frames, bf16):
     want, got = weights(plain), weights(cached)
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
+
+
+def test_workers_are_not_forks(recipe, tmp_path):
+    """The fork of a process in which libraries have started threads can hang."""
+    forks = []
+    os.register_at_fork(before=lambda: forks.append(True))
+    train(recipe(data={"feature_cache": str(tmp_path / "features"), "num_workers": 1}), use_cpu=True)
+    assert not forks
 
 
 def test_a_second_run_reads_what_the_first_encoded(recipe, tmp_path, encoded_frames):

@@ -13,6 +13,7 @@ from transformers.utils import logging as library_logging
 from storm_vlm.data import TrainingDataset
 from storm_vlm.data.dataset import RECORD_ERRORS
 from storm_vlm.data.feature_cache import PIXEL_NAMES, FeatureCache
+from storm_vlm.data.workers import worker_context
 from storm_vlm.model import StormForConditionalGeneration, StormProcessor
 from storm_vlm.pipeline.identity import weights_hash
 from storm_vlm.training.parts import base_model
@@ -48,7 +49,12 @@ def cache_features(
     state = PartialState()
     missing = _MissingExamples(dataset, cache, range(state.process_index, len(dataset), state.num_processes))
     storm.vision_tower.to(device)
-    loader = DataLoader(missing, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(
+        missing,
+        batch_size=None,
+        num_workers=num_workers,
+        multiprocessing_context=worker_context(num_workers),
+    )
     progress = library_logging.tqdm(
         loader, desc="vision features", total=len(missing), disable=not state.is_main_process
     )

@@ -80,6 +80,8 @@ def plan_training(recipe: Recipe) -> TrainingPlan:
 def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> TrainingResult:
     """Trains, from the last checkpoint in the output folder if there is one.
 
+    A script that calls it keeps what it runs under ``if __name__ == "__main__":``, since workers import the script.
+
     Args:
         recipe: What to do.
         resume: Go on from the last checkpoint; otherwise an output folder with checkpoints is an error.

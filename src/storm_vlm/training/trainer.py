@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from storm_vlm.data import BadSampleLog, TrainingBatches
+from storm_vlm.data.workers import worker_context
 from storm_vlm.errors import RecipeError
 from storm_vlm.training.parts import parameter_groups
 from storm_vlm.training.recipe import LearningRates, Recipe
@@ -41,11 +42,13 @@ class StormTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns the loader of the whole run's batches, which accelerate deals out to the processes."""
+        num_workers = self.args.dataloader_num_workers
         loader = DataLoader(
             self.train_dataset,
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=num_workers,
+            multiprocessing_context=worker_context(num_workers),
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)

@@ -9,7 +9,6 @@ question a record: the questions about a video would answer each other in one co
 import dataclasses
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from storm_vlm.data.workers import worker_context
 from storm_vlm.data.world.config import SPLITS, Split, WorldConfig
 from storm_vlm.data.world.directing import direct, sample_rng, split_names
 from storm_vlm.data.world.encoding import write_video
@@ -177,9 +177,7 @@ def _run_chunks(
     if workers == 1 or len(chunks) <= 1:
         yield from (_write_samples(config, folder, split, chunk) for chunk in chunks)
         return
-    # Fresh processes: a fork of one in which libraries have started threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=worker_context(workers)) as pool:
         jobs = [pool.submit(_write_samples, config, folder, split, chunk) for chunk in chunks]
         try:
             for job in as_completed(jobs):
