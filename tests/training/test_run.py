@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -344,15 +345,36 @@ def test_frozen_layers_in_half_precision_change_nothing(recipe):
     assert len(before) > 10
 
 
-def test_a_new_start_is_chosen_once(recipe, tmp_path):
-    with pytest.raises(RecipeError, match=r"model\.projector_from: expected no adapter_from beside it"):
-        recipe(model={"projector_from": str(tmp_path), "adapter_from": str(tmp_path)})
-    folder = train_one_layer(recipe, {"rank": 2, "alpha": 4}) / "adapter"
-    second = recipe("second", model={"projector_from": str(folder)})
-    saved = load_file(folder / "adapter_model.safetensors")
-    for name, tensor in make_model(second)[0].temporal_projector.state_dict().items():
-        assert torch.equal(tensor, saved[f"base_model.model.model.temporal_projector.{name}"])
+def assert_projector_of(model, adapter):
+    saved = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in model.temporal_projector.state_dict().items():
+        assert torch.equal(tensor, saved[f"base_model.model.model.temporal_projector.{name}"]), name
+
+
+def test_a_projector_alone(recipe):
+    adapter = train_one_layer(recipe, {"rank": 2, "alpha": 4}) / "adapter"
+    second = recipe("second", model={"projector_from": str(adapter)})
+    assert_projector_of(make_model(second)[0], adapter)
     assert not any("lora" in name for name, _ in _prepare(second, 1).model.named_parameters())
+
+
+def test_an_adapter_with_the_projector_of_another(recipe):
+    lora = {"rank": 2, "alpha": 4}
+    first = train_one_layer(recipe, lora) / "adapter"
+    options = {"lora": lora, "model": {"adapter_from": str(first), "num_llm_layers": 1}}
+    rates = {"temporal_projector": 1e-3, "language_model": 1e-3}
+    read = recipe("second", learning_rates=rates, **options)
+    train(read, use_cpu=True)
+    second = read.output.folder / "adapter"
+    options["model"]["projector_from"] = str(second)
+    third = recipe("third", learning_rates={"language_model": 1e-3}, **options)
+    assert_projector_of(make_model(third)[0], second)
+    got = get_peft_model_state_dict(_prepare(third, 1).model)
+    saved = load_file(first / "adapter_model.safetensors")
+    compared = [name for name in saved if "lora_" in name]
+    assert compared
+    for name in compared:
+        assert torch.equal(got[name], saved[name]), name
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["projector", "lora"])

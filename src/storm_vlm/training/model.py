@@ -28,7 +28,7 @@ def make_model(recipe: Recipe) -> tuple[StormForConditionalGeneration, StormProc
         RecipeError: The video settings do not fit the model; parts that cannot be loaded are a ModelError.
     """
     model, processor = _source(recipe.model)
-    if (folder := recipe.model.adapter_from or recipe.model.projector_from) is not None:
+    if (folder := recipe.model.projector_from or recipe.model.adapter_from) is not None:
         load_projector(model, folder)
     if (attention := recipe.model.attn_implementation) is not None:
         model.set_attn_implementation({"text_config": attention, "vision_config": attention})

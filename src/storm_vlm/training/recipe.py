@@ -29,7 +29,8 @@ class ModelRecipe:
         llm: Language model to compose from; the default model's if None.
         projector: Fields of `TemporalProjectorConfig` for a composed model.
         projector_seed: Seed of a composed model's new projector.
-        projector_from: Folder of an adapter whose projector the model begins with, and nothing else of it.
+        projector_from: Folder of an adapter whose projector the model begins with, and nothing else of it, be there
+            `adapter_from` or not.
         adapter_from: Folder of an adapter that the model begins with, its projector and its LoRA weights; new ones if
             None. LoRA may go on with a higher rank and in more layers, which begin anew.
         num_llm_layers: Keep only so many first layers of the language model; all if None.
@@ -59,8 +60,6 @@ class ModelRecipe:
             "no vision, llm or projector beside it",
             self.path,
         )
-        is_one = self.projector_from is None or self.adapter_from is None
-        _require(is_one, "model.projector_from", "no adapter_from beside it", str(self.projector_from))
         layers = self.num_llm_layers
         _require(layers is None or layers > 0, "model.num_llm_layers", "a number above 0", layers)
 
