@@ -37,9 +37,11 @@ from storm_vlm.data.workers import worker_context
 from storm_vlm.data.world import Script, tell
 from storm_vlm.data.world.telling import Kind
 from storm_vlm.data.world.things import load_things
+from storm_vlm.errors import StormError
 from storm_vlm.model import ComposeOptions, StormForConditionalGeneration, StormProcessor, TokenCompression
 from storm_vlm.model.adapter import load_projector, save_adapter_settings, save_projector
 from storm_vlm.model.default_model import compose_default_parts
+from storm_vlm.model.modeling_storm import IGNORED_LABEL
 from storm_vlm.video import read_video
 
 NUM_FRAMES, COMPRESSION = 32, TokenCompression(temporal_pool=2, spatial_pool=4)
@@ -54,8 +56,6 @@ OPTIONS = ComposeOptions(
 # screen.
 PLACES = {"name": range(4), "action": range(4, 6), "category": range(6, 7), "word": range(7, 9)}
 NUM_PLACES = 9
-# In the place of a token that is not asked for.
-NOT_ASKED = -100
 HELD_OUT, BATCH_SIZE = 64, 4
 WEIGHT_DECAY, WARM_UP_STEPS = 0.01, 50
 # Weight of places without a word: they are many, and soon known.
@@ -69,7 +69,7 @@ class Videos:
 
     Attributes:
         features: Patch features, ``(num_videos, t, h, w, c)``, bfloat16.
-        token_ids: The tokens that each group of frames says, ``(num_videos, g, 9)``, or `NOT_ASKED`.
+        token_ids: The tokens that each group of frames says, ``(num_videos, g, 9)``, or `IGNORED_LABEL` where none is asked for.
     """
 
     features: torch.Tensor
@@ -100,7 +100,7 @@ def spell(words: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> list[int
         first = places.stop - len(spelled) if kind == "name" else places.start
         token_ids[first : first + len(spelled)] = spelled
     if "category" in words and load_things()[words["name"]].is_other:
-        token_ids[: PLACES["name"].stop] = [NOT_ASKED] * len(PLACES["name"])
+        token_ids[: PLACES["name"].stop] = [IGNORED_LABEL] * len(PLACES["name"])
     return token_ids
 
 
@@ -137,8 +137,8 @@ def read_videos(
         if number == 0:
             features = encoded.new_empty(len(files), *encoded.shape)
         features[number] = encoded
-        text = script_of(files[number]).read_text(encoding="utf-8")
-        told = [tell(Script.from_dict(json.loads(text)), seconds) for seconds in times]
+        script = Script.from_dict(json.loads(script_of(files[number]).read_text(encoding="utf-8")))
+        told = [tell(script, seconds) for seconds in times]
         groups = [told[first : first + group_size] for first in range(0, NUM_FRAMES, group_size)]
         words = [words_of(group, with_category) for group in groups]
         token_ids[number] = torch.tensor([spell(group, processor.tokenizer) for group in words])
@@ -155,7 +155,7 @@ class Choosing:
         self.projector = model.temporal_projector
         self.empty = empty
         self.embeddings = model.get_input_embeddings().weight.detach()
-        self.said = token_ids[token_ids != NOT_ASKED].unique()
+        self.said = token_ids[token_ids != IGNORED_LABEL].unique()
         is_said = torch.isin(torch.arange(len(self.embeddings)), self.said)
         self.never_said = (~is_said).nonzero().squeeze(1)
         self.weights = torch.ones(len(self.said) + NUM_DRAWN)
@@ -174,9 +174,11 @@ class Choosing:
         drawn = self.never_said[torch.randint(len(self.never_said), (NUM_DRAWN,))]
         scores = self.scores(features, torch.cat([self.said, drawn]))
         scores[..., len(self.said) :] += math.log(len(self.never_said) / NUM_DRAWN)
-        targets = torch.searchsorted(self.said, token_ids).masked_fill(token_ids == NOT_ASKED, NOT_ASKED)
+        targets = torch.searchsorted(self.said, token_ids).masked_fill(
+            token_ids == IGNORED_LABEL, IGNORED_LABEL
+        )
         return functional.cross_entropy(
-            scores.flatten(0, 2), targets.flatten(), self.weights, ignore_index=NOT_ASKED
+            scores.flatten(0, 2), targets.flatten(), self.weights, ignore_index=IGNORED_LABEL
         )
 
 
@@ -193,7 +195,7 @@ def script_of(video: Path) -> Path:
 
 def right_shares(written: torch.Tensor, token_ids: torch.Tensor, empty: int) -> dict[str, float]:
     """Returns for each kind of word the share of its tokens that are right."""
-    is_right, is_said = written == token_ids, (token_ids != empty) & (token_ids != NOT_ASKED)
+    is_right, is_said = written == token_ids, (token_ids != empty) & (token_ids != IGNORED_LABEL)
     return {
         kind: float(is_right[..., list(places)][is_said[..., list(places)]].float().mean())
         for kind, places in PLACES.items()
@@ -250,9 +252,12 @@ def main() -> None:
             parser.error(f"{world}: expected more videos than the {HELD_OUT} held out, found {len(found)}")
         files += found
         is_held_out += [False] * (len(found) - HELD_OUT) + [True] * HELD_OUT
-    model, processor = compose_default_parts(OPTIONS)
-    if arguments.projector_from is not None:
-        load_projector(model, arguments.projector_from)
+    try:
+        model, processor = compose_default_parts(OPTIONS)
+        if arguments.projector_from is not None:
+            load_projector(model, arguments.projector_from)
+    except StormError as error:
+        parser.error(str(error))
     model.requires_grad_(False)
     model.temporal_projector.requires_grad_(True)
     videos = read_videos(files, model, processor, arguments.categories)

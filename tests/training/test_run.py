@@ -371,9 +371,9 @@ def test_an_adapter_with_the_projector_of_another(recipe):
     assert_projector_of(make_model(third)[0], second)
     got = get_peft_model_state_dict(_prepare(third, 1).model)
     saved = load_file(first / "adapter_model.safetensors")
-    compared = [name for name in saved if "lora_" in name]
-    assert compared
-    for name in compared:
+    names = [name for name in saved if "lora_" in name]
+    assert names
+    for name in names:
         assert torch.equal(got[name], saved[name]), name
 
 
