@@ -84,10 +84,12 @@ def rename(script: Script, names: Mapping[str, str]) -> Script:
 def new_records(video: str, script: Script, near: Near, rng: random.Random) -> list[dict[str, Any]]:
     """Asks about a video under new names, drawn for each question."""
     records = []
+    # True names would be right options, too.
+    names = [name for name in near if name not in script.seen_names]
     for number, task in enumerate(TASKS):
         renamed = rename(script, draw_names(script, near, rng))
         question = ask_about(
-            renamed, task, rng, names=list(near), letter=rng.choice(LETTERS), answer_style="option"
+            renamed, task, rng, names=names, letter=rng.choice(LETTERS), answer_style="option"
         )
         turns = [
             {"from": "human", "value": f"<video>\n{question.text}"},
