@@ -1,10 +1,10 @@
-"""Asks about the demo's videos under other names: the things' own ones, and then ones that mean something near.
+"""Asks about the demo's videos under true names, and again under names that mean something near.
 
     python recipes/demo_near_names.py --worlds recipes/data/world-new-3 recipes/data/world-other-3 recipes/data/world-styles-3
 
 A projector has words for the things that it was trained on, and says of all others what they are like. A language model
 that has only ever found the very word of an option in a video learns to look for nothing else, and of what other names
-stand for in training videos it learns one by one. So each video gets new names here, drawn for it alone: what the
+stand for in training videos it learns one by one. So each new question has names drawn for it alone: what the
 projector calls "octopus" is asked for as "lobster" once and as "shell" another time, beside options that mean something
 farther off. How near two names are, the hidden states of the language model say, before any training. Names of unseen
 things are not among them.
@@ -35,9 +35,9 @@ from storm_vlm.model.default_model import compose_default_parts
 from storm_vlm.storage import atomic_file
 
 TASKS: tuple[Task, ...] = ("needle", "needle", "order", "count", "direction", "change", "where", "when")
-# Of the language model's 30 layers the one whose states tell best what sort of thing a name means.
+# Early among the language model's 30 layers: later ones turn to the next word.
 LAYER = 8
-# A name is the nearest of all or as far as this, small ranks as likely as all larger ones of as many digits.
+# Ranks are drawn up to this, their logarithm uniformly: mostly near names, some that are hardly so.
 FARTHEST = 150
 
 Near = Mapping[str, Sequence[str]]
@@ -135,7 +135,10 @@ def main() -> None:
     names = [thing.name for thing in (*vocabulary("usual"), *vocabulary("other"))]
     near = rank_names(names, model.language_model.float(), processor.tokenizer)
     for world in worlds:
-        write_records(world / "train", near)
+        try:
+            write_records(world / "train", near)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{world}: expected the files of a world, found {error!r}")
 
 
 if __name__ == "__main__":
