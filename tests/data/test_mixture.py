@@ -94,3 +94,8 @@ def test_wrong_mixtures(tmp_path, text, message):
     (tmp_path / "mix.yaml").write_text(text)
     with pytest.raises(DataError, match=message):
         read_mixture_config(tmp_path / "mix.yaml")
+
+
+def test_a_mixture_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"none\.yaml: cannot be read: No such file or directory$"):
+        read_mixture_config(tmp_path / "none.yaml")

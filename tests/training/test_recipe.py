@@ -103,3 +103,10 @@ def test_wrong_files(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"r\.yaml: "):
         read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file or directory$"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match=rf"{tmp_path.name}: cannot be read: Is a directory$"):
+        read_recipe(tmp_path)

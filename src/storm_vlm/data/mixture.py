@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from storm_vlm.data.readers import DataFormat, RecordSet, read_records
 from storm_vlm.data.record import Record, Turn
+from storm_vlm.data.yaml_file import read_yaml
 from storm_vlm.errors import DataError
 
 _SAMPLING = re.compile(r"all|(first|end|random):(\d+(?:\.\d+)?)(%?)")
@@ -88,10 +88,7 @@ def read_mixture_config(path: Path) -> MixtureConfig:
     """
     if path.suffix not in (".yaml", ".yml"):
         return MixtureConfig((SetConfig(path.stem, path),))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, DataError)
     if not isinstance(content, Mapping) or set(content) != {"sets"} or not isinstance(content["sets"], list):
         raise DataError(f"{path}: expected one key, 'sets', with a list of data sets")
     try:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from storm_vlm.data.yaml_file import read_yaml
 from storm_vlm.errors import RecipeError
 
 PART_NAMES = ("vision_tower", "temporal_projector", "language_model")
@@ -290,10 +291,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file or a setting is wrong; the message names both.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, RecipeError)
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected settings, got {content!r}")
     data = content.get("data")
