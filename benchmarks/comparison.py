@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +386,17 @@ def answered(model: Any, batch: dict[str, torch.Tensor]) -> Iterator[bool]:
             yield not bool(is_wrong[row][is_label[row] & (numbers[row] == number)].any())
 
 
+def is_of_scale(out: Path, scale: Scale) -> bool:
+    """Whether a folder is new, and then takes it, or holds runs of this scale alone."""
+    file, described = out / "scale.json", asdict(scale)
+    if file.is_file():
+        return bool(json.loads(file.read_text(encoding="utf-8")) == described)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as path:
+        path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return True
+
+
 def main() -> None:
     """Trains, tests and reports."""
     parser = argparse.ArgumentParser(
@@ -402,6 +413,8 @@ def main() -> None:
     if min(options.jobs, options.threads) < 1:
         parser.error("--jobs and --threads must be at least 1")
     scale = QUICK if options.quick else Scale()
+    if not is_of_scale(options.out, scale):
+        parser.error(f"--out: {options.out} holds runs of another scale, choose another folder")
     num_videos = {TRAIN: scale.train_videos, TEST: scale.test_videos}
     make_data(options.out, num_videos, scale.num_names, scale.texts)
     train_language_model(options.out, scale)
