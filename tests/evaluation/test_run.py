@@ -128,6 +128,35 @@ def test_settings_reach_the_video(video_qa, questions, says, tmp_path):  # noqa:
     assert [tokens for _, tokens, _ in asked] == [None] * 4
 
 
+def test_the_likeliest_option_is_chosen(video_qa, questions, tmp_path, monkeypatch):  # noqa: F811
+    """Letters, which a text may follow, or the texts of the options, which end; a missing video stays wrong."""
+    asked = []
+
+    def score_answers(self, prompt, answers, *, with_end):
+        asked.append((prompt.question, prompt.video is None, answers, with_end))
+        return [-9.0 if answer in ("B", "why") else -10.0 for answer in answers]
+
+    monkeypatch.setattr(VideoQA, "score_answers", score_answers)
+    monkeypatch.setattr(VideoQA, "ask_batch", None)
+    questions[0] = replace(questions[0], options=("why", "ex"), answers=("why", "ex"))
+    settings = EvaluationSettings(likelihood=True)
+    out = tmp_path / "out"
+    report = evaluate(LocalAnswerer(video_qa), questions, out, model_name="tiny", settings=settings)
+    assert asked == [
+        ("Which? 0", False, ("why", "ex"), True),
+        ("Which? 1", False, ("A", "B"), False),
+        ("Which? 3", False, ("A", "B"), False),
+    ]
+    answers = read_answers(out)
+    assert [(answer["response"], answer["chosen"], answer["is_right"]) for answer in answers] == [
+        ("why", "A", True), ("B", "B", False), ("", None, False), ("B", "B", False),
+    ]  # fmt: skip
+    assert report.num_unparseable == 0
+    assert list(report.errors) == ["dev/missing.mp4"]
+    with pytest.raises(DataError, match="another likelihood"):
+        evaluate(LocalAnswerer(video_qa), questions, out, model_name="tiny")
+
+
 def test_intervals_resample_videos_and_not_questions():
     def interval(videos):
         answers = [

@@ -39,6 +39,29 @@ def test_questions_are_those_with_options(world):
     assert len(read_world_questions(world, ["test_long"], max_videos=1)) == 2
 
 
+def test_questions_ask_for_letters_or_for_texts(world):
+    assert {question.answers for question in read_world_questions(world, ["test_long"])} == {None}
+    file = world / "test_long" / "annotations.json"
+    records = json.loads(file.read_text())
+    for record in records:
+        record["conversations"][1]["value"] = "b"
+    file.write_text(json.dumps(records))
+    assert {question.answers for question in read_world_questions(world, ["test_long"])} == {("a", "b")}
+
+
+def test_the_command_by_likelihood(world, model_folder, storm_here, tmp_path):  # noqa: F811
+    """A model that writes nonsense names no option; the likeliest one is always one of them."""
+    common = ["eval", "--data", world, "--splits", "test_long", "--model", model_folder]
+    written = storm_here(*common, "--out", tmp_path / "written")
+    assert "Answers that name no option: 4." in written.stdout
+    done = storm_here(*common, "--out", tmp_path / "likeliest", "--likelihood")
+    assert done.returncode == 0, done.stderr
+    assert "Answers that name no option: 0." in done.stdout
+    assert "Scoring: The likeliest option, in place of the one that an answer names" in done.stdout
+    answers = map(json.loads, (tmp_path / "likeliest/answers.jsonl").read_text().splitlines())
+    assert {answer["response"] for answer in answers} <= {"A", "B"}
+
+
 def test_a_split_that_is_not_there_is_an_error(world):
     with pytest.raises(DataError, match="no questions of split test_in_vocabulary"):
         read_world_questions(world)

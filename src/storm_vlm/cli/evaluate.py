@@ -44,6 +44,10 @@ def evaluate(
     spatial_pool: opt.SpatialPoolOption = None,
     temporal_sample: opt.TemporalSampleOption = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Show no video, as a control.")] = False,
+    likelihood: Annotated[
+        bool,
+        typer.Option("--likelihood", help="Choose the likeliest option, whatever the model would write."),
+    ] = False,
     max_new_tokens: opt.MaxNewTokensOption = 16,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Questions that are answered together.")
@@ -80,6 +84,7 @@ def evaluate(
         temporal_sample=temporal_sample,
         text_only=text_only,
         max_new_tokens=max_new_tokens,
+        likelihood=likelihood,
     )
     with progress_bars(enabled=process_state().is_main_process) as progress:
         run = partial(

@@ -1,5 +1,6 @@
 """From questions to answers, a batch at a time."""
 
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,6 +12,9 @@ from storm_vlm.evaluation.report import Answer
 from storm_vlm.pipeline import Prompt, VideoQA, VideoTokens
 
 Parse = Callable[[str, Sequence[str]], str | None]
+Asked = tuple[MultipleChoiceQuestion, Prompt]
+# What is written, and the letter that it stands for.
+Response = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class EvaluationSettings:
         temporal_sample: See `TokenCompression`.
         text_only: Show no video: what a model reaches that cannot see.
         max_new_tokens: Longest answer.
+        likelihood: Choose the option that is the likeliest answer, whatever the model would write.
     """
 
     num_frames: int | None = None
@@ -32,6 +37,7 @@ class EvaluationSettings:
     temporal_sample: int | None = None
     text_only: bool = False
     max_new_tokens: int = 16
+    likelihood: bool = False
 
     def encode_options(self) -> dict[str, int | None]:
         """Returns the options of `VideoQA.encode`."""
@@ -115,18 +121,38 @@ class LocalAnswerer:
     def answer_job(self, job: Job) -> list[Answer]:
         """Answers the questions of a job; a video that cannot be read makes its answers empty, and is named."""
         encoded = [self._encode(question, job.settings) for question in job.questions]
-        prompts = [
-            _prompt(question, tokens)
+        asked = [
+            (question, _prompt(question, tokens))
             for question, (tokens, error) in zip(job.questions, encoded, strict=True)
             if error is None
         ]
-        asked = iter(
-            self._video_qa.ask_batch(prompts, max_new_tokens=job.settings.max_new_tokens) if prompts else []
-        )
+        respond = self._choose if job.settings.likelihood else self._read
+        responses = iter(respond(asked, job) if asked else [])
         return [
-            _answer(question, next(asked) if error is None else "", error, job.parse)
+            _answer(question, *(next(responses) if error is None else ("", None)), error)
             for question, (_, error) in zip(job.questions, encoded, strict=True)
         ]
+
+    def _read(self, asked: Sequence[Asked], job: Job) -> list[Response]:
+        """Returns what the model writes, and the letters that it names."""
+        prompts = [prompt for _, prompt in asked]
+        texts = self._video_qa.ask_batch(prompts, max_new_tokens=job.settings.max_new_tokens)
+        return [
+            (text, job.parse(text, question.options))
+            for (question, _), text in zip(asked, texts, strict=True)
+        ]
+
+    def _choose(self, asked: Sequence[Asked], _: Job) -> list[Response]:
+        """Returns the likeliest answers, and their letters."""
+        responses: list[Response] = []
+        for question, prompt in asked:
+            letters = string.ascii_uppercase[: len(question.options)]
+            # A letter may be followed by the option's text.
+            texts, with_end = (question.answers, True) if question.answers else (tuple(letters), False)
+            scores = self._video_qa.score_answers(prompt, texts, with_end=with_end)
+            likeliest = scores.index(max(scores))
+            responses.append((texts[likeliest], letters[likeliest]))
+        return responses
 
     def _encode(
         self, question: MultipleChoiceQuestion, settings: EvaluationSettings
@@ -164,8 +190,7 @@ def _prompt(question: MultipleChoiceQuestion, tokens: VideoTokens | None) -> Pro
     )
 
 
-def _answer(question: MultipleChoiceQuestion, response: str, error: str | None, parse: Parse) -> Answer:
-    chosen = parse(response, question.options)
+def _answer(question: MultipleChoiceQuestion, response: str, chosen: str | None, error: str | None) -> Answer:
     return {
         "id": question.identity,
         "video": question.video.name,

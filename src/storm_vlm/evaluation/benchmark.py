@@ -10,6 +10,8 @@ from storm_vlm.errors import DataError
 from storm_vlm.evaluation.letters import parse_letter
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
 
+_BY_LIKELIHOOD = "The likeliest option, in place of the one that an answer names, and else as in:"
+
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
@@ -56,11 +58,12 @@ class Benchmark:
         places = {clip: i for i, clip in enumerate(dict.fromkeys(question.clip for question in questions))}
         return sorted(questions, key=lambda question: places[question.clip])
 
-    def describe(self, folder: Path | None) -> dict[str, Any]:
+    def describe(self, folder: Path | None, *, likelihood: bool = False) -> dict[str, Any]:
         """Returns what a result depends on beside model and frames, as values that JSON knows.
 
         Args:
             folder: Folder of the benchmark; None leaves the annotation files out.
+            likelihood: Whether the likeliest option is chosen; see `EvaluationSettings`.
 
         Returns:
             Name, prompt, scoring, and a SHA-256 for each pattern of annotation files.
@@ -68,7 +71,7 @@ class Benchmark:
         return {
             "benchmark": self.name,
             "prompt": self.prompt,
-            "scoring": self.scoring,
+            "scoring": f"{_BY_LIKELIHOOD} {self.scoring}" if likelihood else self.scoring,
             "annotations": {}
             if folder is None
             else {pattern: _hash_files(folder, pattern) for pattern in self.annotations},

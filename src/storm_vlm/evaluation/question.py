@@ -28,6 +28,7 @@ class MultipleChoiceQuestion:
         folder_fps: Pictures per second, if the video is a folder of them.
         system: System message.
         answer_start: How the answer begins; the model goes on from there.
+        answers: What is to be written for each option; its letter if None.
         preamble: Makes a text to put before the prompt from the times of the frames that are shown.
         captions: Makes texts to put between the frames from their times.
     """
@@ -46,6 +47,7 @@ class MultipleChoiceQuestion:
     folder_fps: float = 1.0
     system: str | None = None
     answer_start: str = ""
+    answers: tuple[str, ...] | None = None
     preamble: Callable[[Timestamps], str] | None = None
     captions: Callable[[Timestamps], list[Caption]] | None = None
 

@@ -69,7 +69,7 @@ def evaluate(
     """
     state = process_state()
     settings = settings or EvaluationSettings()
-    about = {} if benchmark is None else benchmark.describe(data)
+    about = {} if benchmark is None else benchmark.describe(data, likelihood=settings.likelihood)
     described = {"model": model_name, **about, **asdict(settings), **answerer.describe()}
     if state.is_main_process:
         _claim(out, described)

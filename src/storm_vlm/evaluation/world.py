@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from storm_vlm.data.world import SPLITS
 from storm_vlm.data.world.dataset import read_annotations
@@ -48,11 +49,18 @@ def read_world_questions(
                 prompt=record["conversations"][0]["value"].removeprefix("<video>\n"),
                 options=tuple(record["options"]),
                 answer=record["answer"],
+                answers=_answers(record),
             )
             for record in records
             if record["video"] in kept
         ]
     return questions
+
+
+def _answers(record: dict[str, Any]) -> tuple[str, ...] | None:
+    """Returns the texts of the options if the question asks for one of them, None if it asks for a letter."""
+    options = tuple(record["options"])
+    return options if any(turn["value"] in options for turn in record["conversations"][1:]) else None
 
 
 WORLD = Benchmark(

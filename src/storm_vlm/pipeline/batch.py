@@ -39,9 +39,9 @@ def generate_batch(
     Returns:
         The answers.
     """
-    cache = _read_shared(model, prefix, prompts, videos, processor.video_token_id)
+    cache = read_shared(model, prefix, prompts, videos, processor.video_token_id)
     num_shared = 0 if cache is None else cache.get_seq_length()
-    inputs = _padded(prompts, num_shared, processor.tokenizer.pad_token_id or 0, model.device)
+    inputs = pad_behind(prompts, num_shared, processor.tokenizer.pad_token_id or 0, model.device)
     if cache is not None:
         cache.batch_repeat_interleave(len(prompts))
         inputs[CACHE_NAME] = cache
@@ -51,16 +51,25 @@ def generate_batch(
     return [text.strip() for text in processor.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def _read_shared(
+def read_shared(
     model: StormForConditionalGeneration,
     prefix: PrefixCache,
     prompts: Sequence[list[int]],
     videos: Sequence[VideoTokens | None],
     video_token_id: int,
 ) -> DynamicCache | None:
-    """Returns keys and values up to the last token of the video that all prompts begin with.
+    """Reads the video that all prompts begin with.
 
-    None if they begin with none, or if padding behind it would be in the way of layers with windows.
+    Args:
+        model: The model.
+        prefix: Keys and values of the prompt before; afterwards those of the video.
+        prompts: Tokens of each prompt.
+        videos: The video of each prompt.
+        video_token_id: Placeholder of video tokens.
+
+    Returns:
+        Keys and values up to the last token of the video; None if the prompts do not begin with one, or if padding
+        behind it would be in the way of layers with windows.
     """
     first, video = prompts[0], videos[0]
     if video is None or any(other is not video for other in videos):
@@ -88,10 +97,20 @@ def _read_shared(
     return cache
 
 
-def _padded(
+def pad_behind(
     prompts: Sequence[list[int]], num_shared: int, pad_token_id: int, device: torch.device
 ) -> dict[str, Any]:
-    """Pads prompts behind what they share, so that all end together."""
+    """Pads prompts behind what they share, so that all end together.
+
+    Args:
+        prompts: Tokens of each prompt.
+        num_shared: How many tokens they share.
+        pad_token_id: What they are padded with.
+        device: Device of the result.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, both ``(b, l)`` int64.
+    """
     width = max(map(len, prompts))
     input_ids, mask = [], []
     for prompt in prompts:

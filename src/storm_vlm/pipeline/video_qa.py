@@ -33,6 +33,7 @@ from storm_vlm.pipeline.prompt import (
     prompt_token_ids,
     question_messages,
 )
+from storm_vlm.pipeline.scoring import score_answers
 from storm_vlm.pipeline.video_tokens import Provenance, VideoTokens, VideoTokensCache
 from storm_vlm.storage import cache_directory
 from storm_vlm.video import VideoReader, open_video
@@ -294,6 +295,34 @@ class VideoQA:
                 [prompt.video for prompt in prompts],
                 sampling | {"max_new_tokens": num_new_tokens},
             )
+
+    def score_answers(self, prompt: Prompt, answers: Sequence[str], *, with_end: bool = True) -> list[float]:
+        """Tells how likely given answers are, such as the options of a question.
+
+        Args:
+            prompt: The question.
+            answers: What the model might write, at least one and none of them empty.
+            with_end: Whether the answer has to end there: with it ``a cat`` does not gain from ``a catfish``.
+
+        Returns:
+            For each answer the sum of the natural logarithms of its tokens' probabilities.
+
+        Raises:
+            StormError: An answer is empty, or there is none; what cannot be asked is an error as in `ask`.
+        """
+        tokenizer = self.processor.tokenizer
+        if not answers or not all(answers):
+            raise StormError(f"expected answers to score, none of them empty, got {list(answers)}")
+        end = [tokenizer.eos_token_id] if with_end else []
+        spelled = [tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in answers]
+        token_ids, longest = self._prompt_ids(prompt), max(spelled, key=len)
+        check_context(
+            token_ids + longest, prompt.video, self.context_length, 1, self.processor.video_token_id
+        )
+        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
+        check_prompt_memory(self.model, len(answers) * len(token_ids + longest), 0, free_bytes)
+        with self._lock:
+            return score_answers(self.model, self.processor, self._prefix, token_ids, spelled, prompt.video)
 
     def chat(self, video: VideoTokens | VideoSource | None, *, system: str | None = None) -> Chat:
         """Begins a conversation about a video, which is encoded once.
