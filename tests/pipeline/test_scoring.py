@@ -72,3 +72,6 @@ def test_what_cannot_be_scored_is_an_error(video_qa, clip):
             video_qa.score_answers(prompt, answers)
     with pytest.raises(BudgetError, match="600"):
         video_qa.score_answers(prompt, ["yes", "no " * 200])
+    video_qa.processor.tokenizer.eos_token = None
+    with pytest.raises(StormError, match="no token that ends an answer"):
+        video_qa.score_answers(prompt, ANSWERS)

@@ -308,11 +308,13 @@ class VideoQA:
             For each answer the sum of the natural logarithms of its tokens' probabilities.
 
         Raises:
-            StormError: An answer is empty, or there is none; what cannot be asked is an error as in `ask`.
+            StormError: An answer is empty, there is none, or nothing can end one; what cannot be asked is an error as in `ask`.
         """
         tokenizer = self.processor.tokenizer
         if not answers or not all(answers):
             raise StormError(f"expected answers to score, none of them empty, got {list(answers)}")
+        if with_end and tokenizer.eos_token_id is None:
+            raise StormError("the tokenizer has no token that ends an answer: score with with_end=False")
         end = [tokenizer.eos_token_id] if with_end else []
         spelled = [tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in answers]
         token_ids, longest = self._prompt_ids(prompt), max(spelled, key=len)
