@@ -114,6 +114,26 @@ def test_answers_of_other_settings_are_left_alone(video_qa, questions, says, tmp
     assert (out / "answers.jsonl").read_bytes() == before
 
 
+def test_a_folder_that_cannot_be_used_is_an_error(video_qa, questions, says, tmp_path):  # noqa: F811
+    says("A")
+
+    def evaluate_into(out):
+        evaluate(LocalAnswerer(video_qa), questions, out, model_name="tiny")
+
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    for content in ("", "3", "[1]"):
+        (tmp_path / "broken/settings.json").write_text(content)
+        for out in (tmp_path / "file", tmp_path / "broken"):
+            with pytest.raises(DataError, match=rf"{out} cannot hold the answers .*: choose another folder"):
+                evaluate_into(out)
+    evaluate_into(tmp_path / "out")
+    for line in ("{", "[]", "{}"):
+        (tmp_path / "out/answers.jsonl").write_text(f"{line}\n")
+        with pytest.raises(DataError, match="holds a broken answer"):
+            evaluate_into(tmp_path / "out")
+
+
 def test_settings_reach_the_video(video_qa, questions, says, tmp_path):  # noqa: F811
     asked = says("A")
     settings = EvaluationSettings(num_frames=8, temporal_pool=4, temporal_sample=2, max_new_tokens=3)

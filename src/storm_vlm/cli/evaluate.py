@@ -139,7 +139,7 @@ def _benchmark(task: str, splits: str | None, max_videos: int | None) -> "Benchm
     """Finds a benchmark; of the world, its splits and videos can be chosen."""
     from storm_vlm.errors import StormError
     from storm_vlm.evaluation import BENCHMARKS, read_world_questions
-    from storm_vlm.evaluation.world import TEST_SPLITS
+    from storm_vlm.evaluation.benchmarks.world import TEST_SPLITS
 
     if task not in BENCHMARKS:
         raise StormError(f"--task: {task!r} is unknown; there are {', '.join(BENCHMARKS)}")

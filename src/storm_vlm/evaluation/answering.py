@@ -126,15 +126,17 @@ class LocalAnswerer:
             for question, (tokens, error) in zip(job.questions, encoded, strict=True)
             if error is None
         ]
-        respond = self._choose if job.settings.likelihood else self._read
-        responses = iter(respond(asked, job) if asked else [])
-        return [
-            _answer(question, *(next(responses) if error is None else ("", None)), error)
-            for question, (_, error) in zip(job.questions, encoded, strict=True)
-        ]
+        responses = iter(self._respond(asked, job) if asked else [])
+        answers = []
+        for question, (_, error) in zip(job.questions, encoded, strict=True):
+            response, chosen = next(responses) if error is None else ("", None)
+            answers.append(_answer(question, response, chosen, error))
+        return answers
 
-    def _read(self, asked: Sequence[Asked], job: Job) -> list[Response]:
-        """Returns what the model writes, and the letters that it names."""
+    def _respond(self, asked: Sequence[Asked], job: Job) -> list[Response]:
+        """Returns what the model writes and the letters that it names, or the likeliest options."""
+        if job.settings.likelihood:
+            return [self._choose(question, prompt) for question, prompt in asked]
         prompts = [prompt for _, prompt in asked]
         texts = self._video_qa.ask_batch(prompts, max_new_tokens=job.settings.max_new_tokens)
         return [
@@ -142,17 +144,14 @@ class LocalAnswerer:
             for (question, _), text in zip(asked, texts, strict=True)
         ]
 
-    def _choose(self, asked: Sequence[Asked], _: Job) -> list[Response]:
-        """Returns the likeliest answers, and their letters."""
-        responses: list[Response] = []
-        for question, prompt in asked:
-            letters = string.ascii_uppercase[: len(question.options)]
-            # A letter may be followed by the option's text.
-            texts, with_end = (question.answers, True) if question.answers else (tuple(letters), False)
-            scores = self._video_qa.score_answers(prompt, texts, with_end=with_end)
-            likeliest = scores.index(max(scores))
-            responses.append((texts[likeliest], letters[likeliest]))
-        return responses
+    def _choose(self, question: MultipleChoiceQuestion, prompt: Prompt) -> Response:
+        """Returns the likeliest answer, and its letter."""
+        letters = tuple(string.ascii_uppercase[: len(question.options)])
+        # A letter may be followed by the option's text.
+        texts, with_end = (letters, False) if question.answers is None else (question.answers, True)
+        scores = self._video_qa.score_answers(prompt, texts, with_end=with_end)
+        likeliest = scores.index(max(scores))
+        return texts[likeliest], letters[likeliest]
 
     def _encode(
         self, question: MultipleChoiceQuestion, settings: EvaluationSettings

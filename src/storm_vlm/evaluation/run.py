@@ -132,9 +132,14 @@ def _join(out: Path, answers: Sequence[Answer]) -> None:
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Takes a folder for these settings; lines that a kill cut short are dropped."""
     settings_file = out / SETTINGS_FILE
-    if not settings_file.is_file():
-        _write(settings_file, json.dumps(settings, indent=1) + "\n")
-    elif (found := json.loads(settings_file.read_text(encoding="utf-8"))) != settings:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not settings_file.is_file():
+            _write(settings_file, json.dumps(settings, indent=1) + "\n")
+        found = dict(json.loads(settings_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{out} cannot hold the answers ({error}): choose another folder") from error
+    if found != settings:
         changed = sorted(name for name in settings if found.get(name) != settings[name])
         raise DataError(f"{out} holds answers with another {', '.join(changed)}: choose another folder")
     for file in _answer_files(out):
@@ -146,7 +151,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 def _read_answers(out: Path, questions: Sequence[MultipleChoiceQuestion]) -> dict[str, Answer]:
     """Returns the answers that a folder holds, in the order of its files."""
     lines = [line for file in _answer_files(out) for line in file.read_text(encoding="utf-8").splitlines()]
-    known = {answer["id"]: answer for answer in map(json.loads, lines)}
+    try:
+        known = {answer["id"]: answer for answer in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out} holds a broken answer ({error!r}): choose another folder") from error
     if foreign := known.keys() - {question.identity for question in questions}:
         raise DataError(f"{out} holds an answer to {min(foreign)}, which is not asked: choose another folder")
     return known

@@ -8,7 +8,7 @@ from storm_vlm.evaluation.benchmarks.mvbench import MVBENCH
 from storm_vlm.evaluation.benchmarks.timescope import TIMESCOPE
 from storm_vlm.evaluation.benchmarks.videomme import VIDEOMME, VIDEOMME_SUBTITLES
 from storm_vlm.evaluation.benchmarks.vnbench import VNBENCH
-from storm_vlm.evaluation.world import WORLD
+from storm_vlm.evaluation.benchmarks.world import WORLD
 
 BENCHMARKS = {
     benchmark.name: benchmark

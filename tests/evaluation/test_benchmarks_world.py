@@ -49,6 +49,35 @@ def test_questions_ask_for_letters_or_for_texts(world):
     assert {question.answers for question in read_world_questions(world, ["test_long"])} == {("a", "b")}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": ["", "b"]}, "record 0: field 'options': expected none of them empty"),
+        ({"options": []}, "record 0: field 'options': expected a list of texts"),
+        ({"options": [["a"], "b"]}, "record 0: field 'options': expected a list of texts"),
+        ({"conversations": []}, "record 0: field 'conversations': expected none of them empty"),
+        ({"conversations": ["What?"]}, "record 0: field 'conversations': expected a list of records"),
+        ({"conversations": [{"from": "human"}]}, "record 0, conversations.0.: field 'value': is missing"),
+        ({"answer": "C"}, "record 0: field 'answer': expected a letter of AB"),
+        ({"form": None}, "record 0: field 'form': is missing"),
+    ],
+)
+def test_wrong_records_are_named(world, change, message):
+    file = world / "test_long" / "annotations.json"
+    records = json.loads(file.read_text())
+    file.write_text(json.dumps([records[0] | change, *records[1:]]))
+    with pytest.raises(DataError, match=message):
+        read_world_questions(world, ["test_long"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"{}"])
+def test_files_that_are_no_annotations(world, content):
+    file = world / "test_long" / "annotations.json"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=str(file)):
+        read_world_questions(world, ["test_long"])
+
+
 def test_the_command_by_likelihood(world, model_folder, storm_here, tmp_path):  # noqa: F811
     """A model that writes nonsense names no option; the likeliest one is always one of them."""
     common = ["eval", "--data", world, "--splits", "test_long", "--model", model_folder]

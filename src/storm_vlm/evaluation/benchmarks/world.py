@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from storm_vlm.data.world import SPLITS
-from storm_vlm.data.world.dataset import read_annotations
 from storm_vlm.errors import DataError
 from storm_vlm.evaluation.benchmark import Benchmark
+from storm_vlm.evaluation.benchmarks.annotations import AnnotationRow, read_annotations
 from storm_vlm.evaluation.question import MultipleChoiceQuestion
 
 TEST_SPLITS = tuple(split for split in SPLITS if split != "train")
@@ -27,40 +26,39 @@ def read_world_questions(
         The questions, those about a video one after the other.
 
     Raises:
-        DataError: A split is unknown or was not generated.
+        DataError: A split is unknown or was not generated, or a field is wrong; the message names it.
     """
     questions = []
     for split in splits:
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; there are {', '.join(SPLITS)}")
-        records = [
-            record for record in read_annotations(folder, split) if record["form"] == "multiple_choice"
-        ]
-        if not records:
+        file = folder / split / "annotations.json"
+        rows = read_annotations(file) if file.is_file() else []
+        rows = [row for row in rows if row.text("form") == "multiple_choice"]
+        if not rows:
             raise DataError(f"{folder}: no questions of split {split}; make them with `storm world generate`")
-        videos = list(dict.fromkeys(record["video"] for record in records))[:max_videos]
-        kept = set(videos)
-        questions += [
-            MultipleChoiceQuestion(
-                identity=record["id"],
-                video=folder / split / record["video"],
-                split=split,
-                task=record["task"],
-                prompt=record["conversations"][0]["value"].removeprefix("<video>\n"),
-                options=tuple(record["options"]),
-                answer=record["answer"],
-                answers=_answers(record),
-            )
-            for record in records
-            if record["video"] in kept
-        ]
+        kept = set(list(dict.fromkeys(row.text("video") for row in rows))[:max_videos])
+        questions += [_question(row, folder / split) for row in rows if row.text("video") in kept]
     return questions
 
 
-def _answers(record: dict[str, Any]) -> tuple[str, ...] | None:
-    """Returns the texts of the options if the question asks for one of them, None if it asks for a letter."""
-    options = tuple(record["options"])
-    return options if any(turn["value"] in options for turn in record["conversations"][1:]) else None
+def _question(row: AnnotationRow, folder: Path) -> MultipleChoiceQuestion:
+    options = row.texts("options")
+    turns = row.rows("conversations")
+    if not turns or not all(options):
+        raise row.error("conversations" if all(options) else "options", "expected none of them empty")
+    # A reply that is an option's text shows that the question asks for texts, and not for letters.
+    asks_for_text = any(turn.text("value") in options for turn in turns[1:])
+    return MultipleChoiceQuestion(
+        identity=row.text("id"),
+        video=folder / row.text("video"),
+        split=folder.name,
+        task=row.text("task"),
+        prompt=turns[0].text("value").removeprefix("<video>\n"),
+        options=options,
+        answer=row.letter("answer", options),
+        answers=options if asks_for_text else None,
+    )
 
 
 WORLD = Benchmark(
