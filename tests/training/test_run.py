@@ -1,6 +1,7 @@
 """Whole runs on a tiny model and real files: what is trained, what is written, what a resumed run comes to."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -133,6 +134,19 @@ def test_another_recipe_does_not_go_on(recipe):
         train(recipe(schedule={"seed": 5}), use_cpu=True)
     with pytest.raises(RecipeError, match="has checkpoints"):
         train(recipe(), resume=False, use_cpu=True)
+
+
+def test_an_output_folder_that_cannot_be_used(recipe):
+    read = recipe()
+    train(read, use_cpu=True)
+    for content in ("", "3", "[1]"):
+        (read.output.folder / "recipe.json").write_text(content)
+        with pytest.raises(RecipeError, match=r"recipe\.json: is not what `storm train` wrote"):
+            train(read, use_cpu=True)
+    shutil.rmtree(read.output.folder)
+    read.output.folder.touch()
+    with pytest.raises(RecipeError, match=r"output\.folder: expected a folder, .* is a file"):
+        train(read, use_cpu=True)
 
 
 def test_bad_samples_stop_the_run_with_one_error(recipe, tmp_path):

@@ -97,7 +97,7 @@ def train(recipe: Recipe, *, resume: bool = True, use_cpu: bool = False) -> Trai
     checkpoint = _last_checkpoint(recipe)
     if checkpoint is not None and not resume:
         raise RecipeError(f"output.folder: {recipe.output.folder} has checkpoints: resume or choose another")
-    _check_same_recipe(recipe, is_resumed=checkpoint is not None)
+    _check_folder(recipe, is_resumed=checkpoint is not None)
     set_seed(recipe.schedule.seed)
     parts = _prepare(recipe, arguments.world_size)
     bad_samples = BadSampleLog(
@@ -204,11 +204,17 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _check_same_recipe(recipe: Recipe, *, is_resumed: bool) -> None:
+def _check_folder(recipe: Recipe, *, is_resumed: bool) -> None:
+    """Refuses an output folder that is none, or whose run was begun with another recipe."""
     file = recipe.output.folder / _SETTINGS
+    if recipe.output.folder.exists() and not recipe.output.folder.is_dir():
+        raise RecipeError(f"output.folder: expected a folder, {recipe.output.folder} is a file")
     if not is_resumed or not file.is_file():
         return
-    before, now = json.loads(file.read_text(encoding="utf-8")), _settings(recipe)
+    try:
+        before, now = dict(json.loads(file.read_text(encoding="utf-8"))), _settings(recipe)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{file}: is not what `storm train` wrote: choose another output.folder") from error
     changed = [
         f"{group}.{name}" if isinstance(now[group], dict) else group
         for group in now

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,6 +90,8 @@ def test_another_world_in_the_folder_is_an_error(world, tmp_path):
     with pytest.raises(StormError, match=r"config\.seed is 0 there and 5 here"):
         generate_dataset(replace(CONFIG, seed=5), world)
     (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(StormError, match=r"letter\.txt is a file, expected a folder"):
+        generate_dataset(CONFIG, tmp_path / "letter.txt")
     with pytest.raises(StormError, match=r"holds no world\.json"):
         generate_dataset(CONFIG, tmp_path)
 
@@ -103,6 +106,30 @@ def test_statistics_count_and_compare_splits(world):
     assert unseen.names
     assert not unseen.names_shared_with_train
     assert not unseen.backgrounds_shared_with_train
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train/annotations.json", b"{"),
+        ("train/annotations.json", b"\xff\xfe"),
+        ("train/scripts/000000.json", b"{}"),
+        ("train/scripts/000000.json", b""),
+        ("train/scripts/000000.json", b"[1]"),
+    ],
+)
+def test_statistics_name_a_broken_file(world, tmp_path, name, content):
+    copy = shutil.copytree(world, tmp_path / "copy")
+    (copy / name).write_bytes(content)
+    with pytest.raises(StormError, match=name):
+        dataset_statistics(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "3"])
+def test_a_broken_world_json_is_named(tmp_path, content):
+    (tmp_path / "world.json").write_text(content)
+    with pytest.raises(StormError, match=r"world\.json: is not what `storm world generate` wrote"):
+        generate_dataset(CONFIG, tmp_path)
 
 
 def test_the_command_generates_in_parallel_counts_and_previews(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from storm_vlm.data.readers import read_rows
 from storm_vlm.data.workers import worker_context
 from storm_vlm.data.world.config import SPLITS, Split, WorldConfig
 from storm_vlm.data.world.directing import direct, sample_rng, split_names
@@ -94,8 +95,7 @@ def read_annotations(out: Path, split: str) -> list[dict[str, Any]]:
     path = out / split / "annotations.json"
     if not path.is_file():
         return []
-    records: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return records
+    return [dict(row) for row in read_rows(path)]
 
 
 def _balanced_letter(config: WorldConfig, split: Split, number: int) -> str:
@@ -118,7 +118,12 @@ def _claim_folder(config: WorldConfig, out: Path) -> None:
     }
     path = out / "world.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise StormError(
+                f"{path}: is not what `storm world generate` wrote: choose another folder"
+            ) from error
         for part in ("config", "versions"):
             for key in values[part]:
                 if found.get(part, {}).get(key) != values[part][key]:
@@ -127,6 +132,8 @@ def _claim_folder(config: WorldConfig, out: Path) -> None:
                         f"{values[part][key]!r} here: choose another folder, or the same settings and releases"
                     )
         return
+    if out.exists() and not out.is_dir():
+        raise StormError(f"{out} is a file, expected a folder")
     if out.is_dir() and any(out.iterdir()):
         raise StormError(f"{out} is not empty and holds no world.json: choose another folder")
     with atomic_file(path) as temporary:

@@ -146,5 +146,11 @@ def _backgrounds(scripts: list[Script]) -> frozenset[str]:
 
 
 def _read_scripts(folder: Path) -> list[Script]:
-    files = sorted((folder / "scripts").glob("*.json"))
-    return [Script.from_dict(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    return [_read_script(file) for file in sorted((folder / "scripts").glob("*.json"))]
+
+
+def _read_script(file: Path) -> Script:
+    try:
+        return Script.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StormError(f"{file}: is no script of a world: {error!r}") from error
