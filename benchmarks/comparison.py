@@ -50,6 +50,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as library_logging
 
 from storm_vlm.data import Mixture, MixtureConfig, SetConfig, StormCollator, TrainingDataset
+from storm_vlm.errors import StormError
 from storm_vlm.model import (
     ComposeOptions,
     StormForConditionalGeneration,
@@ -386,15 +387,19 @@ def answered(model: Any, batch: dict[str, torch.Tensor]) -> Iterator[bool]:
             yield not bool(is_wrong[row][is_label[row] & (numbers[row] == number)].any())
 
 
-def is_of_scale(out: Path, scale: Scale) -> bool:
-    """Whether a folder is new, and then takes it, or holds runs of this scale alone."""
-    file, described = out / "scale.json", asdict(scale)
-    if file.is_file():
-        return bool(json.loads(file.read_text(encoding="utf-8")) == described)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as path:
-        path.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    return True
+def claim(out: Path, scale: Scale) -> None:
+    """Takes a folder for runs of this scale; one that holds those of another is a StormError."""
+    file, described = out / "scale.json", json.dumps(asdict(scale), indent=1) + "\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            if file.read_text(encoding="utf-8") != described:
+                raise StormError(f"{out} holds runs of another scale, choose another folder")
+        else:
+            with atomic_file(file) as path:
+                path.write_text(described, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StormError(f"{out} cannot be used: {error}") from error
 
 
 def main() -> None:
@@ -413,8 +418,10 @@ def main() -> None:
     if min(options.jobs, options.threads) < 1:
         parser.error("--jobs and --threads must be at least 1")
     scale = QUICK if options.quick else Scale()
-    if not is_of_scale(options.out, scale):
-        parser.error(f"--out: {options.out} holds runs of another scale, choose another folder")
+    try:
+        claim(options.out, scale)
+    except StormError as error:
+        parser.error(f"--out: {error}")
     num_videos = {TRAIN: scale.train_videos, TEST: scale.test_videos}
     make_data(options.out, num_videos, scale.num_names, scale.texts)
     train_language_model(options.out, scale)

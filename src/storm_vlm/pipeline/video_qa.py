@@ -284,8 +284,7 @@ class VideoQA:
             for ids, prompt in zip(token_ids, prompts, strict=True)
         ]
         num_tokens, num_new_tokens = len(prompts) * max(map(len, token_ids)), min(rooms)
-        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
-        check_prompt_memory(self.model, num_tokens, len(prompts) * num_new_tokens, free_bytes)
+        self._check_prompt_memory(num_tokens, len(prompts) * num_new_tokens)
         with self._lock:
             return generate_batch(
                 self.model,
@@ -321,8 +320,7 @@ class VideoQA:
         check_context(
             token_ids + longest, prompt.video, self.context_length, 1, self.processor.video_token_id
         )
-        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
-        check_prompt_memory(self.model, len(answers) * len(token_ids + longest), 0, free_bytes)
+        self._check_prompt_memory(len(answers) * len(token_ids + longest), 0)
         with self._lock:
             return score_answers(self.model, self.processor, self._prefix, token_ids, spelled, prompt.video)
 
@@ -378,9 +376,7 @@ class VideoQA:
         num_new_tokens = check_context(
             token_ids, video, self.context_length, max_new_tokens, self.processor.video_token_id
         )
-        # The keys of the last question are used again or dropped.
-        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
-        check_prompt_memory(self.model, len(token_ids), num_new_tokens, free_bytes)
+        self._check_prompt_memory(len(token_ids), num_new_tokens)
         report = AnswerReport.of(
             video, is_encoded_now=is_encoded_now, is_projector_trained=self.is_projector_trained
         )
@@ -413,6 +409,11 @@ class VideoQA:
             captions=prompt.captions,
             answer_start=prompt.answer_start,
         )
+
+    def _check_prompt_memory(self, num_tokens: int, num_new_tokens: int) -> None:
+        """Refuses prompts and answers that do not fit; the keys of the last question are used again or dropped."""
+        free_bytes = available_bytes(self.model, self.max_memory_bytes) + self._prefix.num_bytes
+        check_prompt_memory(self.model, num_tokens, num_new_tokens, free_bytes)
 
     def _known(self, key: str | None) -> VideoTokens | None:
         """Returns an encoded video from this process or from the disk."""
